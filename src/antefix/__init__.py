@@ -1,0 +1,1 @@
+"""Antefix: train, measure, keep and serve prefixes over a frozen language model."""

@@ -1,0 +1,78 @@
+"""Every error a user can cause.
+
+AntefixError
+├── DataError            a data file, a row or a text is not usable (names file and line)
+├── RecipeError          a recipe or a command-line override is wrong (names the key)
+├── BaseModelError       a base cannot be loaded or cannot carry a prefix (names the model)
+├── PrefixError          a prefix does not fit where it is used
+│   ├── PrefixFileError  a kept prefix is broken, hostile or of an unknown format (names file and tensor)
+│   └── WrongBaseError   a prefix was trained for another base
+├── BankError            a bank cannot do what was asked (missing name, taken name)
+├── TrainingError        a run cannot start, resume or go on
+├── GenerationError      texts cannot be generated as asked
+└── MetricError          a score cannot be computed (a missing program, unequal counts)
+
+A message says what was given, what is allowed and what to do, in one line. The command line prints
+it and exits with 2; no traceback is shown for these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AntefixError(Exception):
+    """The root: catch this to catch everything a user can cause."""
+
+
+class DataError(AntefixError):
+    """A data file, a row or a text is not usable."""
+
+
+class RecipeError(AntefixError):
+    """A recipe or a command-line override is wrong."""
+
+
+class BaseModelError(AntefixError):
+    """A base cannot be loaded, or cannot carry a prefix."""
+
+
+class PrefixError(AntefixError):
+    """A prefix does not fit where it is used."""
+
+
+class PrefixFileError(PrefixError):
+    """A kept prefix is broken, hostile or of an unknown format."""
+
+
+class WrongBaseError(PrefixError):
+    """A prefix was trained for another base."""
+
+
+class BankError(AntefixError):
+    """A bank cannot do what was asked."""
+
+
+class TrainingError(AntefixError):
+    """A run cannot start, resume or go on."""
+
+
+class GenerationError(AntefixError):
+    """Texts cannot be generated as asked."""
+
+
+class MetricError(AntefixError):
+    """A score cannot be computed."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped word: the nearest known one, then all of them.
+
+    >>> nearest("epoch", ["epochs", "seed"])
+    "did you mean 'epochs'? Known: epochs, seed"
+    """
+    choices = sorted(known)
+    close = difflib.get_close_matches(word, choices, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Known: {', '.join(choices)}"
