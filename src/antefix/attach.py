@@ -1,0 +1,295 @@
+"""Prefixes + base -> an attached base: an ordinary transformers model whose rows carry prefixes.
+
+    with attached(model, prefix):                         # every row carries the prefix
+        model.generate(**batch)
+    with attached(model, menus, sport) as attachment:
+        attachment.rows = [0, 1, -1]                      # each row its own, the third none; beams expand it
+        model(**batch)
+
+No method of the model is replaced. While a *trainable* prefix is attached it stands in the model as the
+submodule `antefix`, so that any training loop finds its parameters. After detaching the base is bit-equal to
+what it was.
+
+Axes: N attached prefixes, B rows, P slots, G key/value heads, D width.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from antefix.attention.hook import HookedModel, put_slots
+from antefix.attention.partial import KeySet, Mask
+from antefix.errors import PrefixError
+from antefix.methods.base import MethodModule
+from antefix.parts.key_value import KeyValue
+from antefix.prefix import Prefix
+from antefix.sites import find_sites
+
+BARE = -1
+"""The row index of a row without a prefix."""
+
+_SUBMODULE = "antefix"
+_stacks: weakref.WeakKeyDictionary[nn.Module, list[Attachment]] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    model: PreTrainedModel, *prefixes: Prefix | MethodModule, rows: Sequence[int] | Tensor | None = None
+) -> Attachment:
+    """Attach prefixes to a base's model until `.detach()` is called.
+
+    A second attach takes over from the first until it is detached. Raises WrongBaseError for a prefix of
+    another base and PrefixError for one that does not fit.
+    """
+    modules = [p.module(model) if isinstance(p, Prefix) else p for p in prefixes]
+    attachment = Attachment(model, modules, prefixes)
+    attachment.rows = rows
+    stack = _stacks.setdefault(model, [])
+    if stack:
+        stack[-1]._uninstall()
+    stack.append(attachment)
+    attachment._install()
+    return attachment
+
+
+@contextmanager
+def attached(
+    model: PreTrainedModel, *prefixes: Prefix | MethodModule, rows: Sequence[int] | Tensor | None = None
+) -> Iterator[Attachment]:
+    """`attach` for the length of a block, exceptions included."""
+    attachment = attach(model, *prefixes, rows=rows)
+    try:
+        yield attachment
+    finally:
+        attachment.detach()
+
+
+def current_attachment(model: nn.Module) -> Attachment | None:
+    """What is attached to a model right now."""
+    stack = _stacks.get(model)
+    return stack[-1] if stack else None
+
+
+class Attachment:
+    """Prefixes at work in a model. Made by `attach`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: Sequence[MethodModule],
+        prefixes: Sequence[Prefix | MethodModule],
+    ) -> None:
+        if not modules:
+            raise PrefixError("nothing to attach: give at least one prefix")
+        sites = find_sites(model)
+        self.prefixes = tuple(prefixes)
+        self._model = model
+        self._modules = modules
+        self._rows: Tensor | None = None
+        self._trainable = any(p.requires_grad for m in modules for p in m.parameters())
+        self._shifts = [m.num_virtual_tokens if m.positions == "shifted" else 0 for m in modules]
+        if any(self._shifts) and sites.positions == "none":
+            raise PrefixError("a prefix with shifted positions needs a base that takes position_ids")
+        self._live: list[dict[str, KeyValue]] | None = None
+        names = dict(model.named_modules())
+        self._at_site = {
+            names[site.module]: SiteStack(self, site.name)
+            for site in sites.attention
+            if any(site.name in m.slots() for m in modules)
+        }
+        self._hooked = HookedModel(model)
+        self._undo_routing: list[tuple[Any, str]] = []
+        self._handles: list[RemovableHandle] = []
+        self._depth = 0
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Which prefix each row of a batch carries: an index into the attached ones, -1 for none.
+
+        None means the only one attached, for every row. A batch of k times as many rows (beams) repeats
+        every entry k times.
+        """
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Sequence[int] | Tensor | None) -> None:
+        if rows is not None:
+            rows = torch.as_tensor(rows, dtype=torch.long, device=self._model.device).reshape(-1)
+            if len(rows) == 0 or int(rows.min()) < BARE or int(rows.max()) >= len(self._modules):
+                raise PrefixError(
+                    f"rows must be indices from {BARE} (none) to {len(self._modules) - 1}, one a row; got {rows.tolist()}"
+                )
+        self._rows = rows
+        self._forget()
+
+    def rows_of(self, num_rows: int) -> Tensor | int:
+        """The index of every row of a batch, or one index if all rows share it."""
+        if self._rows is None:
+            if len(self._modules) > 1:
+                raise PrefixError(
+                    f"{len(self._modules)} prefixes are attached: say which row carries which (.rows)"
+                )
+            return 0
+        if num_rows % len(self._rows):
+            raise PrefixError(f"the batch has {num_rows} rows, attachment.rows has {len(self._rows)}")
+        first = int(self._rows[0])
+        if bool((self._rows == first).all()):
+            return first
+        return self._rows.repeat_interleave(num_rows // len(self._rows))
+
+    def slots_of(self, site: str) -> list[KeyValue | None]:
+        """The slots every attached prefix has at a site."""
+        if self._live is None:
+            live = [dict(m.slots()) for m in self._modules]
+            if self._depth == 0 and self._trainable:
+                return [slots.get(site) for slots in live]
+            self._live = live
+        return [slots.get(site) for slots in self._live]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether slots change between forward passes."""
+        return self._trainable
+
+    def detach(self) -> None:
+        """Take the prefixes off; what was attached before is at work again. Twice is once."""
+        stack = _stacks.get(self._model, [])
+        if self not in stack:
+            return
+        stack[-1]._uninstall()
+        stack.remove(self)
+        if stack:
+            stack[-1]._install()
+        else:
+            _stacks.pop(self._model, None)
+
+    def _install(self) -> None:
+        self._undo_routing = self._hooked.route()
+        for module, stack in self._at_site.items():
+            put_slots(module, stack)
+        if self._trainable:
+            self._model.add_module(_SUBMODULE, nn.ModuleList(self._modules))
+            # Whatever is called first (the model, its encoder alone) opens a forward pass with fresh slots.
+            for module in self._model.modules():
+                if isinstance(module, PreTrainedModel):
+                    self._handles.append(module.register_forward_pre_hook(self._enter))
+                    self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        if any(self._shifts):
+            self._handles.append(
+                self._model.register_forward_pre_hook(self._shift_positions, with_kwargs=True)
+            )
+
+    def _uninstall(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self._at_site:
+            put_slots(module, None)
+        if self._trainable:
+            delattr(self._model, _SUBMODULE)
+        self._hooked.restore(self._undo_routing)
+        self._depth = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._trainable:
+            self._live = None
+        for stack in self._at_site.values() if hasattr(self, "_at_site") else ():
+            stack.forget()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if self._depth == 0:
+            self._forget()
+        self._depth += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+
+    def _shift_positions(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Tokens of a row with a shifted prefix stand P further on."""
+        ids = kwargs.get("input_ids") if not args else args[0]
+        if ids is None:
+            ids = kwargs["inputs_embeds"]
+        num_rows, length = ids.shape[:2]
+        index = self.rows_of(num_rows)
+        shifts = torch.tensor([*self._shifts, 0], device=ids.device)  # the last one serves index -1
+        shift = shifts[index].expand(num_rows)[:, None]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = _counted_positions(kwargs, length, ids.device)
+        return args, {**kwargs, "position_ids": positions + shift}
+
+
+class SiteStack:
+    """The slots of all attached prefixes at one site, ready for any batch."""
+
+    def __init__(self, attachment: Attachment, site: str) -> None:
+        self._attachment = attachment
+        self._site = site
+        self._kept: tuple[int, torch.dtype, list[KeySet]] | None = None
+
+    def forget(self) -> None:
+        """Slots or rows changed: gather anew."""
+        self._kept = None
+
+    def key_sets(self, query_BHTD: Tensor) -> list[KeySet]:
+        """The slots for the rows of a query: one key set of B (or 1, where all rows share it) rows."""
+        num_rows, dtype = query_BHTD.shape[0], query_BHTD.dtype
+        if self._kept is not None and self._kept[:2] == (num_rows, dtype):
+            return self._kept[2]
+        sets = self._gather(num_rows, dtype, query_BHTD.device)
+        if not self._attachment.trainable:
+            self._kept = (num_rows, dtype, sets)
+        return sets
+
+    def _gather(self, num_rows: int, dtype: torch.dtype, device: torch.device) -> list[KeySet]:
+        index = self._attachment.rows_of(num_rows)
+        every = self._attachment.slots_of(self._site)
+        if isinstance(index, int):
+            slots = None if index == BARE else every[index]
+            if slots is None:
+                return []
+            return [KeySet(*(t.to(device, dtype)[None] for t in slots))]
+        return [_stacked(every, index, dtype, device)]
+
+
+def _stacked(
+    every: list[KeyValue | None], index_B: Tensor, dtype: torch.dtype, device: torch.device
+) -> KeySet:
+    """Slots of different lengths side by side, row by row, with a mask over what a row does not have."""
+    some = next(s for s in every if s is not None)
+    longest = max(s.key_GPD.shape[1] for s in every if s is not None)
+    lengths_N = [0 if s is None else s.key_GPD.shape[1] for s in every] + [0]  # the last one serves index -1
+    stacked = []
+    for part in (0, 1):
+        rows_NGPD = [_padded(None if s is None else s[part], some[part], longest) for s in [*every, None]]
+        stacked.append(torch.stack(rows_NGPD).to(device, dtype)[index_B])
+    counts_B = torch.tensor(lengths_N, device=device)[index_B]
+    visible_B11P = (torch.arange(longest, device=device) < counts_B[:, None])[:, None, None]
+    mask = None if bool(visible_B11P.all()) else Mask.of(visible_B11P, dtype)
+    return KeySet(stacked[0], stacked[1], mask)
+
+
+def _padded(slots_GPD: Tensor | None, like_GPD: Tensor, longest: int) -> Tensor:
+    if slots_GPD is None:
+        return like_GPD.new_zeros(like_GPD.shape[0], longest, like_GPD.shape[2])
+    return nn.functional.pad(slots_GPD, (0, 0, 0, longest - slots_GPD.shape[1]))
+
+
+def _counted_positions(kwargs: dict[str, Any], length: int, device: torch.device) -> Tensor:
+    """Positions as generation counts them: from the mask where there is one, else after what is cached."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    cache = kwargs.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    return torch.arange(past, past + length, device=device)[None]

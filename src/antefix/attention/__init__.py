@@ -1,0 +1,1 @@
+"""Where a prefix meets the model: partial results, their merge, and the hook on transformers' attention."""

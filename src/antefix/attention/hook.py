@@ -1,0 +1,203 @@
+"""The one function through which a transformers model reaches a prefix.
+
+transformers looks its attention up by name, in one registry for the function and in another for the mask
+that goes with it. For every implementation a base may use, a name of ours stands in both: `antefix_sdpa`,
+`antefix_eager`. The function asks the attention module for the slots attached to it; where there are none
+it makes the base's own call, so that a model without a prefix stays bit-equal to the base. Nothing is put
+into the cache, the mask or the token ids, and no method of the model is replaced.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from antefix.attention.partial import KeySet, Mask, Scores, attend
+from antefix.errors import BaseModelError
+
+SUPPORTED_IMPLEMENTATIONS = ("sdpa", "eager")
+_PREFIX = "antefix_"
+_SITE_ATTRIBUTE = "antefix_slots"
+
+
+class SiteSlots(Protocol):
+    """What an attachment puts at an attention module."""
+
+    def key_sets(self, query_BHTD: Tensor) -> list[KeySet]:
+        """The slots that the rows of the query see; empty when no row carries a prefix."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCall:
+    """One attention call of a recorded forward pass: key and value as attention got them (B, G, S, D)."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+_recording: ContextVar[list[RecordedCall] | None] = ContextVar("antefix_recording", default=None)
+
+
+def put_slots(module: nn.Module, slots: SiteSlots | None) -> SiteSlots | None:
+    """Attach slots to an attention module (None: detach). Returns what was there."""
+    before: SiteSlots | None = module.__dict__.get(_SITE_ATTRIBUTE)
+    if slots is None:
+        module.__dict__.pop(_SITE_ATTRIBUTE, None)
+    else:
+        module.__dict__[_SITE_ATTRIBUTE] = slots
+    return before
+
+
+class HookedModel:
+    """Routes a model's attention through ours, and back; counts, so that users of it may overlap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._configs: dict[int, Any] = {}
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                self._configs[id(module.config)] = module.config
+        if not self._configs:
+            raise BaseModelError(
+                f"{type(model).__name__} is no transformers model: load it with antefix.load_base"
+            )
+
+    def route(self) -> list[tuple[Any, str]]:
+        """Point every config at our names; returns what is to be put back, empty if that was done before."""
+        before = []
+        for config in self._configs.values():
+            name = str(config._attn_implementation)
+            if name.startswith(_PREFIX):
+                continue
+            if name not in SUPPORTED_IMPLEMENTATIONS:
+                raise BaseModelError(
+                    f"the model uses attention '{name}', a prefix needs one of {', '.join(SUPPORTED_IMPLEMENTATIONS)}: "
+                    "load it with attn_implementation='sdpa'"
+                )
+            before.append((config, name))
+        for config, name in before:
+            config._attn_implementation = _PREFIX + name
+        return before
+
+    @staticmethod
+    def restore(before: list[tuple[Any, str]]) -> None:
+        """Give every config its own implementation back."""
+        for config, name in before:
+            config._attn_implementation = name
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[RecordedCall]]:
+    """Collects every attention call made inside, in call order. Slots that are attached stay at work."""
+    calls: list[RecordedCall] = []
+    hooked = HookedModel(model)
+    before = hooked.route()
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
+        hooked.restore(before)
+
+
+def _attention(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def antefix_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        calls = _recording.get()
+        if calls is not None:
+            calls.append(RecordedCall(module, query, key, value))
+        slots: SiteSlots | None = module.__dict__.get(_SITE_ATTRIBUTE)
+        sets = [] if slots is None else slots.key_sets(query)
+        if not sets:
+            base = _base_function(base_name, module)
+            return base(module, query, key, value, attention_mask, **kwargs)
+        scores = _scores(query, kwargs)
+        tokens = _tokens(module, query, key, value, attention_mask, kwargs)
+        if scores.position_bias is not None:
+            scores = _fit_position_bias(scores, tokens)
+        out = attend(query, tokens, sets, scores)
+        return out.transpose(1, 2).contiguous(), None
+
+    return antefix_attention
+
+
+def _base_function(name: str, module: nn.Module) -> Callable[..., Any]:
+    if name == "eager":
+        # "eager" is in no registry: every modelling file brings its own.
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+
+
+def _scores(query: Tensor, kwargs: dict[str, Any]) -> Scores:
+    scaling = kwargs.get("scaling")
+    return Scores(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=kwargs.get("softcap"),
+        position_bias=kwargs.get("position_bias"),
+        sink_logits_H=kwargs.get("s_aux"),
+        dropout=float(kwargs.get("dropout") or 0.0),
+    )
+
+
+def _fit_position_bias(scores: Scores, tokens: KeySet) -> Scores:
+    bias = scores.position_bias
+    assert bias is not None
+    num_keys = tokens.key_BGSD.shape[2]
+    return Scores(
+        scale=scores.scale,
+        softcap=scores.softcap,
+        position_bias=bias[..., :num_keys],
+        sink_logits_H=scores.sink_logits_H,
+        dropout=scores.dropout,
+    )
+
+
+def _tokens(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> KeySet:
+    if mask is not None:
+        return KeySet(key, value, _prepared_mask(mask, key.shape[2], query.dtype))
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    num_queries = query.shape[2]
+    if not (is_causal and num_queries > 1):
+        return KeySet(key, value)
+    # A static cache that is being filled for the first time is longer than what has been seen.
+    return KeySet(key[:, :, :num_queries], value[:, :, :num_queries], is_causal=True)
+
+
+# All layers of one kind get the same mask tensor in a forward pass, so its prepared form is made once.
+_prepared: deque[tuple[Tensor, torch.dtype, Mask]] = deque(maxlen=4)
+
+
+def _prepared_mask(mask: Tensor, num_keys: int, dtype: torch.dtype) -> Mask:
+    for known, known_dtype, prepared in _prepared:
+        if known is mask and known_dtype == dtype:
+            return prepared
+    made = Mask.of(mask[..., :num_keys], dtype)
+    _prepared.append((mask, dtype, made))
+    return made
+
+
+for _name in SUPPORTED_IMPLEMENTATIONS:
+    AttentionInterface.register(_PREFIX + _name, _attention(_name))
+    AttentionMaskInterface.register(_PREFIX + _name, AttentionMaskInterface._global_mapping[_name])

@@ -1,0 +1,238 @@
+"""Attention over one set of keys, and over a union of sets.
+
+Attention over a union is a merge of partial results (He et al. 2022, arXiv 2110.04366, equations 7-8):
+every set gives the softmax-weighted mean of its values and the log of its normaliser, and the merged
+output weighs the means by the softmax of the logs. The base's tokens are one set, a prefix's slots another.
+
+Two forms, equal in value and gradient to `antefix.attention.reference`:
+
+- `explicit` writes the scores out. It knows soft caps, position biases, attention sinks and dropout.
+- `fused` calls the processor's flash kernel for every set. The kernel returns the normaliser but no
+  gradient through it, and none is needed: the kernel's own backward, called with the *merged* output and
+  the *merged* normaliser, is the exact gradient of the merged attention for that set.
+
+Axes: B rows, T queries, S keys, P slots, H query heads, G key/value heads, R = H / G, D key width, E value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KeySet(NamedTuple):
+    """Keys and values that queries may look at, with as many heads as the model's key/value heads."""
+
+    key_BGSD: Tensor
+    value_BGSE: Tensor
+    mask: Mask | None = None
+    """None: every query sees every key."""
+    is_causal: bool = False
+    """Query t sees keys 0..t; only with `mask=None` and as many keys as queries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which query sees which key, made once for all layers of a forward pass.
+
+    additive: 0 or -inf (or a finite bias), broadcastable to B, H, T, S, in the dtype of the queries.
+    blind: True where a query sees no key at all, shape B, 1, T; None where every query sees one.
+    """
+
+    additive: Tensor
+    blind: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor, dtype: torch.dtype) -> Mask:
+        """From a boolean mask (True = sees) or an additive one, four axes."""
+        if mask.dtype == torch.bool:
+            visible = mask
+            additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+                ~mask, -torch.inf
+            )
+        else:
+            visible = mask > torch.finfo(mask.dtype).min
+            additive = mask.to(dtype)
+        blind = ~visible.any(dim=-1)
+        return cls(additive, blind if bool(blind.any()) else None)
+
+
+class Partial(NamedTuple):
+    """Attention over one key set.
+
+    out: the weighted mean of the values, 0 where nothing is seen. lse: the log of the softmax's normaliser,
+    float32, -inf where nothing is seen.
+    """
+
+    out_BHTE: Tensor
+    lse_BHT: Tensor
+
+
+def merge(left: Partial, right: Partial) -> Partial:
+    """The partial result over the union of two disjoint key sets."""
+    # Where the right side sees nothing its weight is 0, also where the left side sees nothing either.
+    nothing = right.lse_BHT == -torch.inf
+    weight_BHT = torch.where(nothing, 0.0, torch.sigmoid(right.lse_BHT - left.lse_BHT))
+    out = torch.lerp(left.out_BHTE, right.out_BHTE, weight_BHT.to(left.out_BHTE.dtype)[..., None])
+    return Partial(out, torch.logaddexp(left.lse_BHT, right.lse_BHT))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """How a model turns products of queries and keys into scores, beyond a plain scale."""
+
+    scale: float
+    softcap: float | None = None
+    """Scores s become softcap * tanh(s / softcap) (Gemma 2); slots as well as tokens."""
+    position_bias: Tensor | None = None
+    """Added to the scores of tokens (T5), never to slots: a slot has no position."""
+    sink_logits_H: Tensor | None = None
+    """One more logit a head that takes weight and gives nothing (attention sinks)."""
+    dropout: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether a fused kernel can compute these scores."""
+        return (
+            self.softcap is None
+            and self.position_bias is None
+            and self.sink_logits_H is None
+            and self.dropout == 0.0
+        )
+
+
+def attend(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
+    """Attention of every query over its tokens and over all slots: B, H, T, E."""
+    slots = [s for s in slots if s.key_BGSD.shape[2] > 0]
+    if scores.plain and _fused_kernel_fits(query_BHTD, tokens.value_BGSE):
+        return fused(query_BHTD, [tokens, *slots], scores.scale)
+    return explicit(query_BHTD, tokens, slots, scores)
+
+
+# --- the explicit form --------------------------------------------------------------------------------------
+
+
+def explicit(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
+    """Writes the scores out; gradients by ordinary automatic differentiation."""
+    result = explicit_partial(query_BHTD, tokens, scores, position_bias=scores.position_bias)
+    if scores.sink_logits_H is not None:
+        lse = scores.sink_logits_H.float()[None, :, None].expand_as(result.lse_BHT)
+        result = merge(result, Partial(torch.zeros_like(result.out_BHTE), lse))
+    for slot_set in slots:
+        result = merge(result, explicit_partial(query_BHTD, slot_set, scores))
+    return result.out_BHTE
+
+
+def explicit_partial(
+    query_BHTD: Tensor, keys: KeySet, scores: Scores, position_bias: Tensor | None = None
+) -> Partial:
+    """One key set, scores and softmax in float32 (or wider, if the queries are)."""
+    wide = torch.promote_types(query_BHTD.dtype, torch.float32)
+    key_BHSD, value_BHSE = _repeat_heads(keys, query_BHTD.shape[1])
+    products = torch.matmul(query_BHTD, key_BHSD.transpose(-1, -2)).to(wide) * scores.scale
+    if scores.softcap is not None:
+        products = torch.tanh(products / scores.softcap) * scores.softcap
+    if position_bias is not None:
+        products = products + position_bias
+    # A finite lowest value, not -inf: a query that sees nothing must not make NaN, in gradients least of all.
+    lowest = torch.finfo(wide).min
+    blind = None
+    if keys.mask is not None:
+        products = torch.clamp(products + keys.mask.additive, min=lowest)
+        blind = keys.mask.blind
+    elif keys.is_causal:
+        causal = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).tril()
+        products = products.masked_fill(~causal, lowest)
+    lse_BHT = torch.logsumexp(products, dim=-1)
+    weights = torch.exp(products - lse_BHT[..., None])
+    weights = torch.dropout(weights, scores.dropout, train=scores.dropout > 0)
+    out_BHTE = torch.matmul(weights.to(value_BHSE.dtype), value_BHSE)
+    if blind is not None:
+        lse_BHT = lse_BHT.masked_fill(blind, -torch.inf)
+        out_BHTE = out_BHTE.masked_fill(blind[..., None], 0.0)
+    return Partial(out_BHTE, lse_BHT)
+
+
+def _repeat_heads(keys: KeySet, num_heads: int) -> tuple[Tensor, Tensor]:
+    repeats = num_heads // keys.key_BGSD.shape[1]
+    if repeats == 1:
+        return keys.key_BGSD, keys.value_BGSE
+    return keys.key_BGSD.repeat_interleave(repeats, dim=1), keys.value_BGSE.repeat_interleave(repeats, dim=1)
+
+
+# --- the fused form -----------------------------------------------------------------------------------------
+
+
+def _fused_kernel_fits(query: Tensor, value: Tensor) -> bool:
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1]
+    )
+
+
+def fused(query_BHTD: Tensor, key_sets: Sequence[KeySet], scale: float) -> Tensor:
+    """The flash kernel on every key set, merged; exact gradients for queries, keys and values."""
+    B, H, T, D = query_BHTD.shape
+    num_groups = key_sets[0].key_BGSD.shape[1]
+    if T == 1 and num_groups < H:
+        # One query a row: the heads of a group stand side by side as its queries, and no key is repeated.
+        query = query_BHTD.view(B, num_groups, H // num_groups, D)
+        sets = [(s.key_BGSD, s.value_BGSE) for s in key_sets]
+    else:
+        query = query_BHTD
+        sets = [_repeat_heads(s, H) for s in key_sets]
+    flat = [t.expand(B, -1, -1, -1) for pair in sets for t in pair]
+    out = _FusedUnion.apply(query, scale, [(s.mask, s.is_causal) for s in key_sets], *flat)  # type: ignore[no-untyped-call]
+    return out.reshape(B, H, T, -1)  # type: ignore[no-any-return]
+
+
+class _FusedUnion(torch.autograd.Function):
+    """Attention over a union of key sets, one kernel call a set, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, scale: float, views: list[tuple[Mask | None, bool]], *flat: Tensor
+    ) -> Tensor:
+        merged: Partial | None = None
+        for index, (mask, is_causal) in enumerate(views):
+            part = _flash_forward(query, flat[2 * index], flat[2 * index + 1], mask, is_causal, scale)
+            merged = part if merged is None else merge(merged, part)
+        assert merged is not None
+        out, lse = merged
+        ctx.scale, ctx.views = scale, views
+        ctx.save_for_backward(query, out, lse, *flat)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, out, lse, *flat = ctx.saved_tensors
+        # A query that saw nothing anywhere: the kernel must not compute exp(score + inf).
+        lse = lse.masked_fill(lse == -torch.inf, torch.finfo(torch.float32).max)
+        grad_query: Tensor | None = None
+        grads_flat: list[Tensor | None] = []
+        for index, (mask, is_causal) in enumerate(ctx.views):
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, query, flat[2 * index], flat[2 * index + 1], out, lse, 0.0, is_causal,
+                attn_mask=None if mask is None else mask.additive, scale=ctx.scale,
+            )  # fmt: skip
+            grad_query = dq if grad_query is None else grad_query + dq
+            grads_flat += [dk, dv]
+        return grad_query, None, None, *grads_flat
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, is_causal: bool, scale: float
+) -> Partial:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=None if mask is None else mask.additive, scale=scale
+    )
+    if mask is not None and mask.blind is not None:
+        # The kernel says 0 for a query that sees nothing; the merge needs -inf.
+        lse = lse.masked_fill(mask.blind, -torch.inf)
+        out = out.masked_fill(mask.blind[..., None], 0.0)
+    return Partial(out, lse)

@@ -1,0 +1,190 @@
+"""What a base offers to a prefix, found by looking: one recorded forward pass, no table of architectures.
+
+A site is a place where something learned can act. Attention sites are `(layer, kind)` with kind `self`
+(decoder, causal), `encoder_self` (an encoder, or a model that sees both ways) and `cross`. Heads and widths
+are read off the recorded keys and values, layer by layer; nothing divides a hidden size by heads.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from antefix.attention.hook import RecordedCall, recording
+from antefix.errors import BaseModelError
+
+Kind = Literal["self", "encoder_self", "cross"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+PositionKind = Literal["relative", "absolute", "none"]
+
+# Two unlike lengths, so that a cross-attention call shows itself by its number of keys.
+_ENCODER_TOKENS, _DECODER_TOKENS = 3, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention site. Keys of P slots here have the shape (num_key_value_heads, P, key_width)."""
+
+    layer: int
+    kind: Kind
+    module: str
+    """The attention module's path in the model."""
+    num_heads: int
+    num_key_value_heads: int
+    key_width: int
+    value_width: int
+
+    @property
+    def name(self) -> str:
+        """The site's name in a kept prefix: `layers.3.self`."""
+        return f"layers.{self.layer}.{self.kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Everything a method must know of a base's shape."""
+
+    attention: tuple[Site, ...]
+    hidden_size: int
+    is_encoder_decoder: bool
+    positions: PositionKind
+    """What moving all positions by a constant does: nothing (`relative`: rotary), something (`absolute`:
+    learned), or it cannot be asked for (`none`: the model takes no `position_ids`)."""
+
+    def of_kinds(self, kinds: tuple[Kind, ...] | None = None) -> tuple[Site, ...]:
+        """The sites of these kinds, in call order; all of them for None."""
+        return tuple(s for s in self.attention if kinds is None or s.kind in kinds)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds this base has."""
+        return tuple(k for k in KINDS if any(s.kind == k for s in self.attention))
+
+
+_found: weakref.WeakKeyDictionary[nn.Module, Sites] = weakref.WeakKeyDictionary()
+
+
+def find_sites(model: nn.Module) -> Sites:
+    """The sites of a model, found by a recorded forward pass of two tokens and remembered for the model.
+
+    Raises BaseModelError where no attention call passes transformers' attention registry.
+    """
+    if model not in _found:
+        if not isinstance(model, PreTrainedModel):
+            raise BaseModelError(
+                f"{type(model).__name__} is no transformers model: load it with antefix.load_base"
+            )
+        _found[model] = _look(model)
+    return _found[model]
+
+
+def record_text(
+    model: PreTrainedModel, input_ids: Tensor, first_position: int | None = None
+) -> list[tuple[Site, RecordedCall]]:
+    """Keys and values of a text at every site, as attention gets them.
+
+    input_ids: 1, T. first_position: the position of the first token (may be negative for rotary models);
+    None: as the model counts. An encoder-decoder model reads the text in its encoder and in its decoder.
+    """
+    sites = find_sites(model)
+    calls = _forward(model, input_ids, input_ids, first_position)
+    return list(zip(sites.attention, calls, strict=True))
+
+
+def _look(model: PreTrainedModel) -> Sites:
+    device = next(model.parameters()).device
+    encoder_ids = torch.arange(_ENCODER_TOKENS, device=device)[None]
+    decoder_ids = torch.arange(_DECODER_TOKENS, device=device)[None]
+    calls = _forward(model, encoder_ids, decoder_ids, None)
+    if not calls:
+        raise BaseModelError(
+            f"{type(model).__name__} cannot carry a prefix: none of its attention passes transformers' attention "
+            "interface (AttentionInterface); use a model whose file calls ALL_ATTENTION_FUNCTIONS"
+        )
+    names = {module: name for name, module in model.named_modules()}
+    encoder_names = _encoder_prefix(model, names)
+    counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+    found = []
+    for call in calls:
+        kind = _kind(model, call, names[call.module], encoder_names)
+        found.append(
+            Site(
+                layer=counts[kind],
+                kind=kind,
+                module=names[call.module],
+                num_heads=call.query.shape[1],
+                num_key_value_heads=call.key.shape[1],
+                key_width=call.key.shape[3],
+                value_width=call.value.shape[3],
+            )
+        )
+        counts[kind] += 1
+    return Sites(
+        attention=tuple(found),
+        hidden_size=model.get_input_embeddings().weight.shape[1],
+        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+        positions=_position_kind(model, decoder_ids),
+    )
+
+
+def _forward(
+    model: PreTrainedModel, encoder_ids: Tensor, decoder_ids: Tensor, first_position: int | None
+) -> list[RecordedCall]:
+    was_training = model.training
+    model.eval()
+    try:
+        with recording(model) as calls, torch.no_grad():
+            _run(model, encoder_ids, decoder_ids, first_position)
+    finally:
+        model.train(was_training)
+    return calls
+
+
+def _run(
+    model: PreTrainedModel, encoder_ids: Tensor, decoder_ids: Tensor, first_position: int | None
+) -> Tensor:
+    if model.config.is_encoder_decoder:
+        return model(input_ids=encoder_ids, decoder_input_ids=decoder_ids, use_cache=False)[0]  # type: ignore[no-any-return]
+    inputs: dict[str, Tensor] = {"input_ids": decoder_ids}
+    if first_position is not None:
+        length = decoder_ids.shape[1]
+        inputs["position_ids"] = torch.arange(
+            first_position, first_position + length, device=decoder_ids.device
+        )[None]
+    return model(**inputs, use_cache=False)[0]  # type: ignore[no-any-return]
+
+
+def _encoder_prefix(model: PreTrainedModel, names: dict[nn.Module, str]) -> str | None:
+    if not model.config.is_encoder_decoder:
+        return None
+    return names[model.get_encoder()] + "."
+
+
+def _kind(model: PreTrainedModel, call: RecordedCall, name: str, encoder_prefix: str | None) -> Kind:
+    if encoder_prefix is not None:
+        if name.startswith(encoder_prefix):
+            return "encoder_self"
+        return "cross" if call.key.shape[2] == _ENCODER_TOKENS else "self"
+    return "self" if getattr(call.module, "is_causal", True) else "encoder_self"
+
+
+def _position_kind(model: PreTrainedModel, ids: Tensor) -> PositionKind:
+    """Asks the model itself: does moving every position by one change what it says?"""
+    if model.config.is_encoder_decoder:
+        return "none"
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            here, there = (_run(model, ids, ids, first) for first in (0, 1))
+    except TypeError:
+        return "none"
+    finally:
+        model.train(was_training)
+    same = torch.allclose(here, there, rtol=0, atol=1e-3 * float(here.abs().max()))
+    return "relative" if same else "absolute"

@@ -1,0 +1,99 @@
+"""Tiny, lopsided models of real architectures, built from their configs: no download, unlike dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+"""Real data that is not part of the repository; tests that need it are skipped where it is absent."""
+
+VOCABULARY = 97
+LAYERS, HEADS, GROUPS, WIDTH = 3, 6, 2, 8
+
+_COMMON: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=HEADS * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+    intermediate_size=56, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_GROUPED = {**_COMMON, "num_key_value_heads": GROUPS, "head_dim": WIDTH + 2}
+
+
+def _config(name: str, **kwargs: Any) -> Any:
+    return getattr(transformers, name)(**kwargs)
+
+
+ARCHITECTURES: dict[str, Callable[[], tuple[str, Any]]] = {
+    "gpt2": lambda: (
+        "GPT2LMHeadModel",
+        _config("GPT2Config", vocab_size=VOCABULARY, n_positions=128, n_embd=48, n_layer=LAYERS, n_head=HEADS,
+                n_inner=56, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    ),
+    "llama": lambda: ("LlamaForCausalLM", _config("LlamaConfig", **_GROUPED)),
+    "qwen3": lambda: ("Qwen3ForCausalLM", _config("Qwen3Config", **_GROUPED)),
+    "mistral": lambda: ("MistralForCausalLM", _config("MistralConfig", **_GROUPED, sliding_window=4)),
+    "gemma2": lambda: (
+        "Gemma2ForCausalLM",
+        _config("Gemma2Config", **_GROUPED, sliding_window=4, query_pre_attn_scalar=7, attn_logit_softcapping=5.0,
+                final_logit_softcapping=9.0),
+    ),
+    "gemma3": lambda: (
+        "Gemma3ForCausalLM",
+        _config("Gemma3TextConfig", **_GROUPED, sliding_window=4, query_pre_attn_scalar=7,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ),
+    "opt": lambda: (
+        "OPTForCausalLM",
+        _config("OPTConfig", vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=LAYERS, ffn_dim=56,
+                num_attention_heads=HEADS, max_position_embeddings=128, word_embed_proj_dim=48, pad_token_id=0,
+                bos_token_id=1, eos_token_id=2),
+    ),
+    "gpt_neox": lambda: ("GPTNeoXForCausalLM", _config("GPTNeoXConfig", **_COMMON, rotary_pct=0.5)),
+    "bart": lambda: (
+        "BartForConditionalGeneration",
+        _config("BartConfig", vocab_size=VOCABULARY, d_model=48, encoder_layers=2, decoder_layers=LAYERS,
+                encoder_attention_heads=4, decoder_attention_heads=HEADS, encoder_ffn_dim=56, decoder_ffn_dim=56,
+                max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                decoder_start_token_id=2, forced_eos_token_id=None),
+    ),
+    "t5": lambda: (
+        "T5ForConditionalGeneration",
+        _config("T5Config", vocab_size=VOCABULARY, d_model=44, d_kv=WIDTH, d_ff=56, num_layers=LAYERS,
+                num_decoder_layers=2, num_heads=HEADS, relative_attention_num_buckets=8, pad_token_id=0,
+                eos_token_id=2, decoder_start_token_id=0),
+    ),
+    "bert": lambda: ("BertForMaskedLM", _config("BertConfig", **_COMMON)),
+    "roberta": lambda: ("RobertaForMaskedLM", _config("RobertaConfig", **_COMMON)),
+}  # fmt: skip
+DECODER_ONLY = ("gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3", "opt", "gpt_neox")
+ENCODER_DECODER = ("bart", "t5")
+ENCODER_ONLY = ("bert", "roberta")
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A random model of this architecture, weights large enough that attention is far from uniform."""
+    class_name, config = ARCHITECTURES[name]()
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, class_name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.25)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees, or writes into, the user's own folders."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
