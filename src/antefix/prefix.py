@@ -124,9 +124,7 @@ class Prefix:
         """
         path = Path(folder)
         if not path.is_dir():
-            raise PrefixFileError(
-                f"{path}: no such folder; a prefix is a folder with {TENSORS_FILE} and {CARD_FILE}"
-            )
+            raise PrefixFileError(f"{path}: no such folder; a prefix is a folder with {TENSORS_FILE} and {CARD_FILE}")
         return cls(read_tensors(path / TENSORS_FILE), read_card(path))
 
 
@@ -144,9 +142,7 @@ def read_card(folder: Path) -> Card:
             )
         card = Card.model_validate(content)
         if card.method not in METHODS:
-            raise PrefixFileError(
-                f"{path}: unknown method '{card.method[:60]}': {nearest(card.method, METHODS)}"
-            )
+            raise PrefixFileError(f"{path}: unknown method '{card.method[:60]}': {nearest(card.method, METHODS)}")
         method_class(card.method).Config.model_validate(card.config)
     except FileNotFoundError as error:
         raise PrefixFileError(

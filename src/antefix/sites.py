@@ -76,9 +76,7 @@ def find_sites(model: nn.Module) -> Sites:
     """
     if model not in _found:
         if not isinstance(model, PreTrainedModel):
-            raise BaseModelError(
-                f"{type(model).__name__} is no transformers model: load it with antefix.load_base"
-            )
+            raise BaseModelError(f"{type(model).__name__} is no transformers model: load it with antefix.load_base")
         _found[model] = _look(model)
     return _found[model]
 
@@ -145,17 +143,13 @@ def _forward(
     return calls
 
 
-def _run(
-    model: PreTrainedModel, encoder_ids: Tensor, decoder_ids: Tensor, first_position: int | None
-) -> Tensor:
+def _run(model: PreTrainedModel, encoder_ids: Tensor, decoder_ids: Tensor, first_position: int | None) -> Tensor:
     if model.config.is_encoder_decoder:
         return model(input_ids=encoder_ids, decoder_input_ids=decoder_ids, use_cache=False)[0]  # type: ignore[no-any-return]
     inputs: dict[str, Tensor] = {"input_ids": decoder_ids}
     if first_position is not None:
         length = decoder_ids.shape[1]
-        inputs["position_ids"] = torch.arange(
-            first_position, first_position + length, device=decoder_ids.device
-        )[None]
+        inputs["position_ids"] = torch.arange(first_position, first_position + length, device=decoder_ids.device)[None]
     return model(**inputs, use_cache=False)[0]  # type: ignore[no-any-return]
 
 

@@ -36,9 +36,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if len(names) > _MOST_TENSORS:
-                raise PrefixFileError(
-                    f"{path}: {len(names):,} tensors, more than the {_MOST_TENSORS:,} allowed"
-                )
+                raise PrefixFileError(f"{path}: {len(names):,} tensors, more than the {_MOST_TENSORS:,} allowed")
             return {name: _checked(path, name, file.get_tensor(name)) for name in names}
     except (
         SafetensorError,
@@ -50,24 +48,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UnicodeError,
     ) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PrefixFileError(
-            f"{path}: not a readable safetensors file ({first_line}); fetch it again"
-        ) from error
+        raise PrefixFileError(f"{path}: not a readable safetensors file ({first_line}); fetch it again") from error
 
 
 def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
     if not _NAME.fullmatch(name):
-        raise PrefixFileError(
-            f"{path}: tensor name {name[:60]!r} is not allowed (letters, digits, '_' and '.')"
-        )
+        raise PrefixFileError(f"{path}: tensor name {name[:60]!r} is not allowed (letters, digits, '_' and '.')")
     if tensor.dtype not in _DTYPES:
-        raise PrefixFileError(
-            f"{path}: tensor '{name}' is {tensor.dtype}, allowed are float32, bfloat16, float16"
-        )
+        raise PrefixFileError(f"{path}: tensor '{name}' is {tensor.dtype}, allowed are float32, bfloat16, float16")
     if tensor.numel() == 0:
         raise PrefixFileError(f"{path}: tensor '{name}' is empty, shape {tuple(tensor.shape)}")
     if not bool(torch.isfinite(tensor).all()):
-        raise PrefixFileError(
-            f"{path}: tensor '{name}' holds NaN or infinity; the prefix is broken, train it again"
-        )
+        raise PrefixFileError(f"{path}: tensor '{name}' holds NaN or infinity; the prefix is broken, train it again")
     return tensor

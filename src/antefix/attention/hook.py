@@ -70,9 +70,7 @@ class HookedModel:
             if isinstance(module, PreTrainedModel):
                 self._configs[id(module.config)] = module.config
         if not self._configs:
-            raise BaseModelError(
-                f"{type(model).__name__} is no transformers model: load it with antefix.load_base"
-            )
+            raise BaseModelError(f"{type(model).__name__} is no transformers model: load it with antefix.load_base")
 
     def route(self) -> list[tuple[Any, str]]:
         """Point every config at our names; returns what is to be put back, empty if that was done before."""

@@ -51,9 +51,7 @@ class Mask:
         """From a boolean mask (True = sees) or an additive one, four axes."""
         if mask.dtype == torch.bool:
             visible = mask
-            additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-                ~mask, -torch.inf
-            )
+            additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
         else:
             visible = mask > torch.finfo(mask.dtype).min
             additive = mask.to(dtype)
@@ -98,10 +96,7 @@ class Scores:
     def plain(self) -> bool:
         """Whether a fused kernel can compute these scores."""
         return (
-            self.softcap is None
-            and self.position_bias is None
-            and self.sink_logits_H is None
-            and self.dropout == 0.0
+            self.softcap is None and self.position_bias is None and self.sink_logits_H is None and self.dropout == 0.0
         )
 
 
@@ -127,9 +122,7 @@ def explicit(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores
     return result.out_BHTE
 
 
-def explicit_partial(
-    query_BHTD: Tensor, keys: KeySet, scores: Scores, position_bias: Tensor | None = None
-) -> Partial:
+def explicit_partial(query_BHTD: Tensor, keys: KeySet, scores: Scores, position_bias: Tensor | None = None) -> Partial:
     """One key set, scores and softmax in float32 (or wider, if the queries are)."""
     wide = torch.promote_types(query_BHTD.dtype, torch.float32)
     key_BHSD, value_BHSE = _repeat_heads(keys, query_BHTD.shape[1])
@@ -195,9 +188,7 @@ class _FusedUnion(torch.autograd.Function):
     """Attention over a union of key sets, one kernel call a set, forward and backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, scale: float, views: list[tuple[Mask | None, bool]], *flat: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, scale: float, views: list[tuple[Mask | None, bool]], *flat: Tensor) -> Tensor:
         merged: Partial | None = None
         for index, (mask, is_causal) in enumerate(views):
             part = _flash_forward(query, flat[2 * index], flat[2 * index + 1], mask, is_causal, scale)

@@ -56,9 +56,7 @@ def attention(
                 scores = torch.cat([scores, sink_logits_H[h].double().expand(len(scores), 1)], dim=1)
                 values = torch.cat([values, torch.zeros_like(values[:1])])
             sees_nothing = (scores == -torch.inf).all(dim=1, keepdim=True)
-            weights = torch.softmax(scores.masked_fill(sees_nothing, 0.0), dim=1).masked_fill(
-                sees_nothing, 0.0
-            )
+            weights = torch.softmax(scores.masked_fill(sees_nothing, 0.0), dim=1).masked_fill(sees_nothing, 0.0)
             heads.append(weights @ values)
         rows.append(torch.stack(heads))
     return torch.stack(rows)

@@ -1,1 +1,18 @@
 """From files to examples, from examples to batches. Knows nothing of prefixes."""
+
+from antefix.data.example import Chat, Example, Message, Source, Table, Triples
+from antefix.data.readers import READERS, read
+from antefix.data.sample import sample_pairs, split_examples
+
+__all__ = [
+    "READERS",
+    "Chat",
+    "Example",
+    "Message",
+    "Source",
+    "Table",
+    "Triples",
+    "read",
+    "sample_pairs",
+    "split_examples",
+]

@@ -67,9 +67,7 @@ class PrefixTuning(nn.Module):
     Config = PrefixTuningConfig
     summary = "learned keys and values at every layer (Li & Liang 2021)"
 
-    def __init__(
-        self, config: PrefixTuningConfig, slots: DirectSlots | NetworkSlots, first: Slots | None
-    ) -> None:
+    def __init__(self, config: PrefixTuningConfig, slots: DirectSlots | NetworkSlots, first: Slots | None) -> None:
         super().__init__()
         self.config = config
         self._slots = slots
@@ -100,11 +98,7 @@ class PrefixTuning(nn.Module):
             if config.initial in ("text", "prefix"):
                 slots.fit(start)
         # Frozen values are part of what is learned around them, so they are taken from where training starts.
-        first = (
-            {n: KeyValue(k.detach(), v.detach()) for n, (k, v) in slots().items()}
-            if config.freeze_first
-            else None
-        )
+        first = {n: KeyValue(k.detach(), v.detach()) for n, (k, v) in slots().items()} if config.freeze_first else None
         return cls(config, slots, first)
 
     @classmethod
@@ -151,10 +145,7 @@ class PrefixTuning(nn.Module):
             )
         if self.training and self.config.dropout > 0:
             p = self.config.dropout
-            slots = {
-                n: KeyValue(torch.dropout(k, p, True), torch.dropout(v, p, True))
-                for n, (k, v) in slots.items()
-            }
+            slots = {n: KeyValue(torch.dropout(k, p, True), torch.dropout(v, p, True)) for n, (k, v) in slots.items()}
         return slots
 
     @torch.no_grad()
@@ -173,9 +164,7 @@ class PrefixTuning(nn.Module):
 def _chosen_sites(sites: Sites, config: PrefixTuningConfig) -> tuple[Site, ...]:
     chosen = sites.of_kinds(config.sites)
     if not chosen:
-        raise PrefixError(
-            f"the base has no site of kind {', '.join(config.sites)}: it has {', '.join(sites.kinds)}"
-        )
+        raise PrefixError(f"the base has no site of kind {', '.join(config.sites)}: it has {', '.join(sites.kinds)}")
     return chosen
 
 
@@ -196,15 +185,11 @@ def _kept_slots(sites: tuple[Site, ...], config: PrefixTuningConfig) -> Slots:
     slots = {}
     for site in sites:
         if f"{site.name}.key" not in tensors:
-            raise PrefixError(
-                f"the initial prefix '{config.initial_prefix}' has nothing for site {site.name}"
-            )
+            raise PrefixError(f"the initial prefix '{config.initial_prefix}' has nothing for site {site.name}")
         slots[site.name] = _checked(site, tensors[f"{site.name}.key"], tensors.get(f"{site.name}.value"))
     found = next(iter(slots.values())).key_GPD.shape[1]
     if config.num_virtual_tokens not in (None, found):
-        raise PrefixError(
-            f"the initial prefix has {found} slots, num_virtual_tokens is {config.num_virtual_tokens}"
-        )
+        raise PrefixError(f"the initial prefix has {found} slots, num_virtual_tokens is {config.num_virtual_tokens}")
     return slots
 
 

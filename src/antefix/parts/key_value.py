@@ -58,9 +58,7 @@ class NetworkSlots(nn.Module):
         self._P = num_virtual_tokens
         kinds: list[Kind] = list(dict.fromkeys(site.kind for site in self._sites))
         self.embeddings = nn.ModuleDict({k: nn.Embedding(num_virtual_tokens, embedding_width) for k in kinds})
-        self.networks = nn.ModuleDict(
-            {k: _network(embedding_width, hidden_width, sum(self._widths(k))) for k in kinds}
-        )
+        self.networks = nn.ModuleDict({k: _network(embedding_width, hidden_width, sum(self._widths(k))) for k in kinds})
 
     def forward(self) -> dict[str, KeyValue]:
         slots: dict[str, KeyValue] = {}
@@ -100,9 +98,7 @@ class NetworkSlots(nn.Module):
 def _network(embedding_width: int, hidden_width: int | None, out_width: int) -> nn.Module:
     if hidden_width is None:
         return nn.Linear(embedding_width, out_width)
-    return nn.Sequential(
-        nn.Linear(embedding_width, hidden_width), nn.Tanh(), nn.Linear(hidden_width, out_width)
-    )
+    return nn.Sequential(nn.Linear(embedding_width, hidden_width), nn.Tanh(), nn.Linear(hidden_width, out_width))
 
 
 def _flat(slots: Iterable[KeyValue]) -> Tensor:

@@ -1,0 +1,35 @@
+"""The command line: a command parses, makes one library call and prints. One file a command.
+
+Nothing heavy is imported before a command runs: `antefix --help` needs neither torch nor transformers, so
+command files import these inside their functions. Results go to stdout (`--json` for machines), progress and
+messages to stderr. A user's mistake is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from antefix.errors import AntefixError
+
+app = typer.Typer(
+    name="antefix",
+    help="Train, measure, keep and serve prefixes: small learned tensors that steer a frozen language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def main() -> None:
+    """The entry point of the `antefix` command."""
+    try:
+        app()
+    except AntefixError as error:
+        print(f"antefix: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("antefix: interrupted", file=sys.stderr)
+        sys.exit(130)

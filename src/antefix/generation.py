@@ -1,0 +1,222 @@
+"""Texts from sources, through transformers' own `generate`.
+
+What is attached to the model decides which prefix writes; its card says how a source becomes text and how to
+decode, unless told otherwise. Sources are sorted by length, so that a batch pads little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedModel, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from antefix.attach import current_attachment
+from antefix.base import Base
+from antefix.data.example import Example, Source
+from antefix.data.linearise import TextFormat, default_format
+from antefix.errors import GenerationError
+from antefix.prefix import Prefix
+
+
+class Decoding(BaseModel):
+    """How to decode; the names and meanings are those of transformers' `generate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_new_tokens: int = Field(100, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    num_beams: int = Field(1, ge=1)
+    """1: greedy (or sampling); the paper decodes tables with 5."""
+    length_penalty: float = 1.0
+    """Beams only: above 0 favours longer texts."""
+    early_stopping: bool = False
+    do_sample: bool = False
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(50, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    prompt_lookup_num_tokens: int | None = Field(None, ge=1)
+    """Guess tokens from the source (one row at a time, transformers' limit)."""
+    cache_implementation: str | None = None
+    """None: a growing cache; `static`: one of fixed size."""
+    seed: int | None = None
+    """Seed of sampling, set once before the first batch."""
+
+    def arguments(self) -> dict[str, Any]:
+        """For `generate`; what has no effect is left out, since transformers warns of it."""
+        given = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": self.do_sample}
+        if self.min_new_tokens:
+            given["min_new_tokens"] = self.min_new_tokens
+        if self.num_beams > 1:
+            given |= {"length_penalty": self.length_penalty, "early_stopping": self.early_stopping}
+        if self.do_sample:
+            given |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        if self.repetition_penalty != 1.0:
+            given["repetition_penalty"] = self.repetition_penalty
+        if self.no_repeat_ngram_size:
+            given["no_repeat_ngram_size"] = self.no_repeat_ngram_size
+        if self.prompt_lookup_num_tokens is not None:
+            given["prompt_lookup_num_tokens"] = self.prompt_lookup_num_tokens
+        if self.cache_implementation is not None:
+            given["cache_implementation"] = self.cache_implementation
+        return given
+
+
+def generate(
+    base: Base,
+    sources: Sequence[Example | Source],
+    *,
+    text_format: TextFormat | None = None,
+    decoding: Decoding | None = None,
+    batch_size: int = 16,
+    **options: Any,
+) -> list[str]:
+    """One text for every source, in the order given. See `generate_each` for the arguments and errors."""
+    texts = [""] * len(sources)
+    for index, text in generate_each(
+        base, sources, text_format=text_format, decoding=decoding, batch_size=batch_size, **options
+    ):
+        texts[index] = text
+    return texts
+
+
+def generate_each(
+    base: Base,
+    sources: Sequence[Example | Source],
+    *,
+    text_format: TextFormat | None = None,
+    decoding: Decoding | None = None,
+    batch_size: int = 16,
+    streamer: BaseStreamer | None = None,
+    assistant_model: PreTrainedModel | None = None,
+) -> Iterator[tuple[int, str]]:
+    """`(index, text)` as batches are done, longest sources first.
+
+    text_format, decoding: None takes them from the card of the prefix that is attached (the first, where there
+    are several), else the defaults. assistant_model: a small model that guesses ahead (one row at a time).
+
+    Raises GenerationError for an empty source list or one that does not fit, DataError for a source that the
+    text format cannot write.
+    """
+    plain = [s.source if isinstance(s, Example) else s for s in sources]
+    text_format = text_format or _card_format(base) or default_format(plain)
+    decoding = decoding or _card_decoding(base)
+    one_at_a_time = assistant_model is not None or decoding.prompt_lookup_num_tokens is not None or streamer is not None
+    size = 1 if one_at_a_time else batch_size
+    is_encoder_decoder = bool(base.model.config.is_encoder_decoder)
+    ids = [text_format.encode_source(base.tokenizer, s, for_encoder=is_encoder_decoder) for s in plain]
+    _check_length(base, sources, ids, decoding, is_encoder_decoder)
+    rows = _spread_rows(base, len(ids))
+    if decoding.seed is not None:
+        torch.manual_seed(decoding.seed)
+    stop = text_format.stop_token_id(base.tokenizer)
+    arguments = decoding.arguments() | {"eos_token_id": stop, "pad_token_id": base.tokenizer.pad_token_id}
+    if streamer is not None:
+        arguments["streamer"] = streamer
+    if assistant_model is not None:
+        arguments["assistant_model"] = assistant_model
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        with _rows_set(base, rows, batch):
+            new_ids = _generate_batch(base, [ids[i] for i in batch], arguments)
+        for index, row in zip(batch, new_ids, strict=True):
+            yield index, _cut(base, row, stop)
+
+
+def terminal_streamer(base: Base) -> BaseStreamer:
+    """Prints a text word by word while it is written."""
+    return TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _card_format(base: Base) -> TextFormat | None:
+    for prefix in _attached_prefixes(base):
+        if prefix.card.text_format:
+            return TextFormat.from_dict(prefix.card.text_format)
+    return None
+
+
+def _card_decoding(base: Base) -> Decoding:
+    for prefix in _attached_prefixes(base):
+        return Decoding.model_validate(prefix.card.decoding)
+    return Decoding()
+
+
+def _attached_prefixes(base: Base) -> list[Prefix]:
+    attachment = current_attachment(base.model)
+    return [p for p in attachment.prefixes if isinstance(p, Prefix)] if attachment else []
+
+
+def _check_length(
+    base: Base, sources: Sequence[Any], ids: list[list[int]], decoding: Decoding, is_encoder_decoder: bool
+) -> None:
+    if not ids:
+        raise GenerationError("nothing to generate: the list of sources is empty")
+    attachment = current_attachment(base.model)
+    limit = base.context_length
+    if limit is None:
+        return
+    if attachment is not None:
+        limit -= attachment.longest_shift
+    for source, row in zip(sources, ids, strict=True):
+        needed = len(row) if is_encoder_decoder else len(row) + decoding.max_new_tokens
+        if needed > limit:
+            where = (source.where if isinstance(source, Example) else "") or "a source"
+            raise GenerationError(
+                f"{where}: {len(row)} source tokens and max_new_tokens {decoding.max_new_tokens} do not fit into the "
+                f"context of {limit} tokens; shorten the source or lower max_new_tokens"
+            )
+
+
+def _spread_rows(base: Base, num_sources: int) -> torch.Tensor | None:
+    """`attachment.rows`, where set, speaks of the sources; every batch gets its own share."""
+    attachment = current_attachment(base.model)
+    if attachment is None or attachment.rows is None:
+        return None
+    if len(attachment.rows) != num_sources:
+        raise GenerationError(f"{num_sources} sources, but attachment.rows has {len(attachment.rows)} entries")
+    return attachment.rows
+
+
+class _rows_set:  # noqa: N801 (a context manager, named like a function)
+    def __init__(self, base: Base, rows: torch.Tensor | None, batch: list[int]) -> None:
+        self._attachment = current_attachment(base.model)
+        self._rows, self._batch = rows, batch
+
+    def __enter__(self) -> None:
+        if self._attachment is not None and self._rows is not None:
+            self._attachment.rows = self._rows[self._batch]
+
+    def __exit__(self, *exc: object) -> None:
+        if self._attachment is not None and self._rows is not None:
+            self._attachment.rows = self._rows
+
+
+def _generate_batch(base: Base, ids: list[list[int]], arguments: dict[str, Any]) -> list[list[int]]:
+    longest = max(len(r) for r in ids)
+    device = base.model.device
+    pad = base.tokenizer.pad_token_id
+    is_encoder_decoder = bool(base.model.config.is_encoder_decoder)
+    padded, mask = [], []
+    for row in ids:
+        gap = longest - len(row)
+        # A decoder goes on at the right end, so padding stands on the left; an encoder does not care.
+        padded.append(row + [pad] * gap if is_encoder_decoder else [pad] * gap + row)
+        mask.append([1] * len(row) + [0] * gap if is_encoder_decoder else [0] * gap + [1] * len(row))
+    with torch.no_grad():
+        out = base.model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device), **arguments
+        )
+    start = 1 if is_encoder_decoder else longest
+    return out[:, start:].tolist()  # type: ignore[no-any-return]
+
+
+def _cut(base: Base, row: list[int], stop: int) -> str:
+    if stop in row:
+        row = row[: row.index(stop)]
+    return str(base.tokenizer.decode(row, skip_special_tokens=True)).strip()

@@ -1,0 +1,356 @@
+"""One training loop for every method that has gradients, top to bottom in one function.
+
+The base is in eval mode and frozen, whatever is learned stands beside it. An optimiser step takes the number
+of source/target pairs it was asked for, in as many forward passes as the token budget makes. Several
+processes (Accelerate) share the forward passes of a step; their gradients, a few hundred kilobytes, are summed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from antefix.attach import attached
+from antefix.data.batch import (
+    Batch,
+    Encoded,
+    Unit,
+    all_units,
+    encoder_decoder_batch,
+    microbatches,
+    packed_batch,
+    padded_batch,
+    steps,
+)
+from antefix.errors import TrainingError
+from antefix.methods.base import MethodModule
+from antefix.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
+from antefix.training.objectives import StepSize, pair_losses, reduce_losses
+from antefix.training.recipe import TrainingRecipe
+
+BatchForm = Literal["packed", "padded", "encoder_decoder"]
+_FORMS: dict[BatchForm, Callable[[Encoded, Sequence[Unit], PreTrainedModel], Batch]] = {
+    "packed": packed_batch,
+    "padded": padded_batch,
+    "encoder_decoder": encoder_decoder_batch,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a watcher sees after every optimiser step. Watching changes nothing."""
+
+    step: int
+    num_steps: int
+    loss: float
+    """Of this step, as the recipe's reduction says."""
+    learning_rate: float
+    pairs_per_second: float
+    """Since the run was started or resumed, evaluations left out."""
+    seconds_left: float
+    dev_scores: dict[str, float] | None
+    """Fresh ones, where this step measured them."""
+    is_best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished run."""
+
+    progress: Progress
+    tensors: dict[str, Tensor]
+    """The kept tensors of the best step."""
+    form: BatchForm
+    tokens_per_second: float
+
+
+def train_loop(
+    model: PreTrainedModel,
+    module: MethodModule,
+    train_set: Encoded,
+    dev_set: Encoded | None,
+    recipe: TrainingRecipe,
+    *,
+    learning_rate: float,
+    digest: str,
+    run_folder: Path | None,
+    dev_metric: Callable[[], dict[str, float]] | None = None,
+    watch: Callable[[StepReport], None] = lambda report: None,
+) -> Outcome:
+    """Train `module` on the base; goes on from the checkpoint in `run_folder`, if there is one.
+
+    digest: tells this run from others; a checkpoint of another run is refused. dev_metric: further dev scores,
+    measured by generating, with the module attached. Raises TrainingError for a loss that is not finite.
+    """
+    accelerator = Accelerator(
+        log_with=list(recipe.trackers) or None, project_dir=None if run_folder is None else str(run_folder)
+    )
+    if recipe.trackers:
+        accelerator.init_trackers("antefix", config=recipe.model_dump(mode="json", exclude={"trackers"}))
+    model.to(accelerator.device)
+    module.to(accelerator.device).train()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=recipe.weight_decay)
+    num_steps = planned_steps(train_set, recipe)
+    progress, best = Progress(), module.kept_tensors()
+    checkpoint = None if run_folder is None else run_folder / CHECKPOINT_FILE
+    if checkpoint is not None and checkpoint.exists():
+        progress, best = load_checkpoint(checkpoint, digest, module, optimiser)
+    evaluate_at = _evaluation_steps(num_steps, recipe.evaluations if dev_set or dev_metric else 0)
+
+    with attached(model, module), _activation_checkpointing(model, recipe.activation_checkpointing):
+        form = batch_form(model, train_set, recipe.packed)
+        plan = steps(
+            train_set, pairs_per_step=recipe.pairs_per_step, targets_per_row=recipe.targets_per_row, seed=recipe.seed
+        )
+        started, seconds_before, steps_before = time.perf_counter(), progress.seconds, progress.step
+        last_saved, evaluating, tokens = started, 0.0, 0
+        for units in itertools.islice(plan, progress.step, num_steps):
+            if progress.stopped_early:
+                break
+            # Every draw of a step is a function of the seed and the step: a resumed run draws the same.
+            torch.manual_seed(recipe.seed * 1_000_003 + progress.step)
+            rate = _set_rate(optimiser, learning_rate, progress.step, num_steps, recipe)
+            size = _step_size(train_set, units)
+            batches = microbatches(train_set, units, recipe.tokens_per_batch, packed=form != "padded")
+            loss = torch.zeros((), device=accelerator.device)
+            for part in batches[accelerator.process_index :: accelerator.num_processes]:
+                batch = _to(_FORMS[form](train_set, part, model), accelerator.device)
+                part_loss = reduce_losses(
+                    pair_losses(model, batch, recipe.label_smoothing), size, recipe.loss_reduction
+                )
+                part_loss.backward()  # type: ignore[no-untyped-call]
+                loss += part_loss.detach()
+                tokens += batch.num_tokens
+            if accelerator.num_processes > 1:
+                _sum_over_processes(accelerator, parameters)
+                loss = accelerator.reduce(loss, "sum")
+            if not math.isfinite(float(loss)):
+                raise TrainingError(
+                    f"step {progress.step + 1}: the loss is {float(loss)}; lower learning_rate (now {learning_rate:g})"
+                )
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            progress.step += 1
+
+            scores, is_best = None, False
+            if progress.step in evaluate_at:
+                evaluation_started = time.perf_counter()
+                scores = _evaluate(model, module, dev_set, recipe, form, dev_metric)
+                is_best = _note_scores(progress, scores, recipe)
+                if is_best:
+                    best = module.kept_tensors()
+                evaluating += time.perf_counter() - evaluation_started
+            now = time.perf_counter()
+            progress.seconds = seconds_before + now - started
+            done = progress.step - steps_before
+            trained = max(now - started - evaluating, 1e-9)
+            report = StepReport(
+                step=progress.step,
+                num_steps=num_steps,
+                loss=float(loss),
+                learning_rate=rate,
+                pairs_per_second=done * recipe.pairs_per_step / trained,
+                seconds_left=(now - started) / done * (num_steps - progress.step),
+                dev_scores=scores,
+                is_best=is_best,
+            )
+            if recipe.trackers:
+                accelerator.log({"loss": report.loss, "learning_rate": rate} | (scores or {}), step=progress.step)
+            due = now - last_saved >= recipe.checkpoint_seconds or progress.step == num_steps or progress.stopped_early
+            if checkpoint is not None and due and accelerator.is_main_process:
+                save_checkpoint(checkpoint, digest, progress, module, optimiser, best)
+                last_saved = now
+            watch(report)
+        tokens_per_second = tokens / max(time.perf_counter() - started - evaluating, 1e-9)
+    if recipe.trackers:
+        accelerator.end_training()
+    if not evaluate_at:
+        progress.best_step, best = progress.step, module.kept_tensors()
+    module.eval()
+    return Outcome(progress, best, form, tokens_per_second)
+
+
+def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
+    """How many optimiser steps the run takes."""
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    return max(1, math.ceil(recipe.epochs * train_set.num_pairs / recipe.pairs_per_step))
+
+
+def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None) -> BatchForm:
+    """Which form of batch the base takes; asked of the base itself, on one source of the data.
+
+    Raises TrainingError if packed rows were asked for and the base gives other losses with them.
+    """
+    if model.config.is_encoder_decoder:
+        return "encoder_decoder"
+    if packed is False:
+        return "padded"
+    unit = _probe_unit(data)
+    with torch.no_grad():
+        try:
+            together, apart = (
+                pair_losses(model, _to(make(data, [unit], model), model.device))
+                for make in (packed_batch, padded_batch)
+            )
+            equal = torch.allclose(together, apart, rtol=2e-2 if model.dtype != torch.float32 else 1e-4, atol=1e-4)
+        except (RuntimeError, TypeError, ValueError):
+            equal = False
+    if not equal and packed:
+        raise TrainingError("packed = true, but this base's attention cannot take packed rows: leave `packed` out")
+    return "packed" if equal else "padded"
+
+
+@torch.no_grad()
+def dev_loss(
+    model: PreTrainedModel, data: Encoded, form: BatchForm, *, targets_per_row: int, tokens_per_batch: int
+) -> float:
+    """Mean negative log-likelihood of a target token, whatever the training loss was."""
+    units = all_units(data, targets_per_row)
+    total, count = 0.0, sum(len(t) for e in data.examples for t in e.targets)
+    for part in microbatches(data, units, tokens_per_batch, packed=form != "padded"):
+        total += float(pair_losses(model, _to(_FORMS[form](data, part, model), model.device)).double().sum())
+    return total / count
+
+
+def _probe_unit(data: Encoded) -> Unit:
+    longest = max(range(len(data.examples)), key=lambda n: (min(len(data.examples[n].targets), 2), -n))
+    return Unit(longest, tuple(range(min(len(data.examples[longest].targets), 2))))
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    module: MethodModule,
+    dev_set: Encoded | None,
+    recipe: TrainingRecipe,
+    form: BatchForm,
+    dev_metric: Callable[[], dict[str, float]] | None,
+) -> dict[str, float]:
+    module.eval()
+    scores = {}
+    if dev_set is not None:
+        scores["dev_loss"] = dev_loss(
+            model, dev_set, form, targets_per_row=recipe.targets_per_row, tokens_per_batch=recipe.tokens_per_batch
+        )
+    if dev_metric is not None:
+        scores |= dev_metric()
+    module.train()
+    return scores
+
+
+def _note_scores(progress: Progress, scores: dict[str, float], recipe: TrainingRecipe) -> bool:
+    """Keeps the books; True if this is the best step so far."""
+    progress.dev_scores.append({"step": progress.step, **scores})
+    score = scores[f"dev_{recipe.dev_metric}"]
+    if recipe.dev_metric == "loss":
+        score = -score
+    if progress.best_score is None or score > progress.best_score:
+        progress.best_score, progress.best_step, progress.evaluations_without_gain = score, progress.step, 0
+        return True
+    progress.evaluations_without_gain += 1
+    progress.stopped_early = recipe.patience is not None and progress.evaluations_without_gain >= recipe.patience
+    return False
+
+
+def _evaluation_steps(num_steps: int, evaluations: int) -> set[int]:
+    return {math.ceil(num_steps * (n + 1) / evaluations) for n in range(evaluations)}
+
+
+def _set_rate(
+    optimiser: torch.optim.Optimizer, peak: float, step: int, num_steps: int, recipe: TrainingRecipe
+) -> float:
+    warmup = math.ceil(0.05 * num_steps) if recipe.warmup_steps is None else recipe.warmup_steps
+    if step < warmup:
+        rate = peak * (step + 1) / warmup
+    elif recipe.schedule == "linear":
+        rate = peak * (num_steps - step) / max(num_steps - warmup, 1)
+    else:
+        rate = peak
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _step_size(data: Encoded, units: Sequence[Unit]) -> StepSize:
+    pairs = [
+        (len(data.examples[u.example].source), len(data.examples[u.example].targets[t]))
+        for u in units
+        for t in u.targets
+    ]
+    return StepSize(
+        num_pairs=len(pairs),
+        num_target_tokens=sum(target for _, target in pairs),
+        longest_target=max(target for _, target in pairs),
+        longest_row=max(source + target - 1 for source, target in pairs),
+    )
+
+
+def _sum_over_processes(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter]) -> None:
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = accelerator.reduce(gradient, "sum")
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    fields = ("inputs", "positions", "row", "label", "pair", "encoder", "source_of_row")
+    return replace(batch, **{name: move(getattr(batch, name)) for name in fields})
+
+
+class _activation_checkpointing:  # noqa: N801 (a context manager, named like a function)
+    """Recompute activations in the backward pass.
+
+    transformers does so in train mode only, so its layers are put into train mode with every dropout at 0.
+    """
+
+    def __init__(self, model: PreTrainedModel, wanted: bool) -> None:
+        self._model, self._wanted = model, wanted
+        self._dropouts: list[tuple[torch.nn.Module, str, float]] = []
+
+    def __enter__(self) -> None:
+        if not self._wanted:
+            return
+        self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self._model.modules():
+            for name in (
+                "p",
+                "dropout",
+                "attention_dropout",
+                "activation_dropout",
+                "layerdrop",
+                "dropout_prob",
+                "dropout_p",
+            ):
+                value = module.__dict__.get(name)
+                if isinstance(value, float) and value > 0:
+                    self._dropouts.append((module, name, value))
+                    setattr(module, name, 0.0)
+        for name, module in self._model.named_modules():
+            if not name.startswith("antefix"):
+                module.training = True
+
+    def __exit__(self, *exc: object) -> None:
+        if not self._wanted:
+            return
+        for module, name, value in self._dropouts:
+            setattr(module, name, value)
+        self._model.gradient_checkpointing_disable()
+        for name, module in self._model.named_modules():
+            if not name.startswith("antefix"):
+                module.training = False

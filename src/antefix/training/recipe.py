@@ -1,0 +1,199 @@
+"""A training run as a TOML file: strict, checked once, complete.
+
+Values come from the file and from `key=value` overrides (dotted keys: `training.epochs=3`). An unknown key
+is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from antefix.errors import RecipeError, nearest
+from antefix.generation import Decoding
+from antefix.methods import METHODS, method_class
+from antefix.methods.base import MethodConfig
+from antefix.training.objectives import LossReduction
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(_Section):
+    """Where the examples come from and how they become text."""
+
+    train: str
+    """A file, `archive.zip::member.csv`, or `hf:owner/name` (see the readers' page)."""
+    dev: str | None = None
+    """The dev set; None: `dev_fraction` of the training sources, drawn with the seed."""
+    dev_fraction: float = Field(0.1, gt=0, lt=1)
+    format: str | None = None
+    """The reader's name; None: found by looking."""
+    reader: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the reader: `target_column = "text"` and the like."""
+    pairs: int | None = Field(None, ge=1)
+    """Take this many source/target pairs: whole sources with all their targets, drawn with the seed."""
+    dev_pairs: int | None = Field(200, ge=1)
+    """The same for the dev set; None: all of it."""
+    text: dict[str, Any] = Field(default_factory=dict)
+    """Changes to the text format: `linearise`, `separator`, `instruction`, ..."""
+    max_source_tokens: int | None = Field(None, ge=1)
+    """Cut longer sources, and say how many were cut; None: a source that does not fit is an error."""
+    max_target_tokens: int | None = Field(None, ge=1)
+    """The same for targets."""
+
+
+class TrainingRecipe(_Section):
+    """How long, how fast, and how it is watched."""
+
+    epochs: float = Field(5.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps; None: as `epochs` says."""
+    pairs_per_step: int = Field(16, ge=1)
+    """Source/target pairs an optimiser step."""
+    targets_per_row: int = Field(4, ge=1)
+    """At most so many targets of one source stand in one row: more is faster, fewer mixes sources better."""
+    packed: bool | None = None
+    """Packed rows; None: wherever the base can (it is asked once, by comparing)."""
+    tokens_per_batch: int = Field(1024, ge=1)
+    """Tokens of one forward pass, padding included; a step may take several."""
+    learning_rate: float | None = Field(None, gt=0)
+    """None: the default of the method's parametrisation."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """After the warm-up: linear to 0, or as it is."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """None: 5 % of all steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    loss_reduction: LossReduction = "token_mean"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    evaluations: int = Field(8, ge=0)
+    """How often the dev loss is measured, the last time at the end; 0: never (the last step is kept)."""
+    dev_metric: Literal["loss", "bleu"] = "loss"
+    """What chooses the best step: the dev loss, or BLEU of texts generated for `dev_metric_sources` sources."""
+    dev_metric_sources: int = Field(50, ge=1)
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a better one."""
+    checkpoint_seconds: float = Field(30.0, ge=0)
+    """A checkpoint at most this often; 0: after every step."""
+    seed: int = 0
+    trackers: tuple[str, ...] = ()
+    """Accelerate's trackers: `tensorboard`, `wandb`, ..."""
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
+    """The kept prefix's name in its bank."""
+    bank: str = "bank"
+    """The bank's folder."""
+    run: str | None = None
+    """The run's own folder (checkpoints, log, plot); None: `runs/<name>`."""
+    base: str = "smollm2-135m"
+    base_revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Precision of the frozen weights; what is learned stays float32."""
+    method: str = "prefix_tuning"
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The method's own choices."""
+    data: DataRecipe
+    training: TrainingRecipe = TrainingRecipe()
+    decoding: Decoding = Decoding()
+    tags: tuple[str, ...] = ()
+    licence: str | None = None
+    notes: str = ""
+
+    @model_validator(mode="after")
+    def _known_method(self) -> Recipe:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method '{self.method}': {nearest(self.method, METHODS)}")
+        return self
+
+    @property
+    def method_config(self) -> MethodConfig:
+        """The method's choices, checked."""
+        return _validated(method_class(self.method).Config, self.config, "config.")
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps its checkpoints, log and plot."""
+        return Path(self.run or f"runs/{self.name}")
+
+    @property
+    def prefix_folder(self) -> Path:
+        """Where the prefix is kept."""
+        return Path(self.bank) / self.name
+
+    @property
+    def digest(self) -> str:
+        """Tells one recipe from another."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and its overrides. Raises RecipeError naming file and key."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such recipe; `antefix init FILE` writes a first one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
+    for override in overrides:
+        _override(content, override)
+    try:
+        recipe: Recipe = _validated(Recipe, content)
+        _ = recipe.method_config
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return recipe
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"'{override}' is no override: write key=value, for example training.epochs=3")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"'{key}': '{parent}' is no section")
+    try:
+        content[last] = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        content[last] = text.strip()  # a bare word is a string
+
+
+def _validated(model: type[Any], content: Any, prefix: str = "") -> Any:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        *parents, last = [str(part) for part in first["loc"]] or ["recipe"]
+        where = prefix + ".".join([*parents, last])
+        if first["type"] == "extra_forbidden":
+            known = _section(model, parents).model_fields
+            raise RecipeError(f"unknown key '{where}': {nearest(last, known)}") from error
+        if first["type"] == "missing":
+            raise RecipeError(f"'{where}' is missing") from error
+        given = json.dumps(first["input"], default=str)
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(message if where.endswith("recipe") else f"'{where}' is {given}: {message}") from error
+
+
+def _section(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return model

@@ -1,0 +1,231 @@
+"""A whole run: from a recipe, or from Python, to a kept prefix."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from antefix.base import Base, load_base
+from antefix.data import read, sample_pairs, split_examples
+from antefix.data.batch import Encoded, Limits, encode
+from antefix.data.example import Example
+from antefix.data.linearise import TextFormat, default_format
+from antefix.errors import TrainingError
+from antefix.generation import Decoding, generate
+from antefix.methods import method_class
+from antefix.methods.base import MethodModule
+from antefix.metrics import score
+from antefix.prefix import BaseRecord, Card, Prefix, kept
+from antefix.training.checkpoint import CHECKPOINT_FILE
+from antefix.training.loop import Outcome, StepReport, planned_steps, train_loop
+from antefix.training.recipe import DataRecipe, Recipe, TrainingRecipe
+
+Watch = Callable[[StepReport], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start: everything that can be wrong with it was checked."""
+
+    base: Base
+    module: MethodModule
+    text_format: TextFormat
+    decoding: Decoding
+    training: TrainingRecipe
+    train_set: Encoded
+    dev_set: Encoded
+    train_examples: Sequence[Example]
+    dev_examples: Sequence[Example]
+    learning_rate: float
+    method: str
+    data_name: str
+
+    @property
+    def num_steps(self) -> int:
+        return planned_steps(self.train_set, self.training)
+
+    @property
+    def digest(self) -> str:
+        """Tells this run from any other: recipe, data and base."""
+        digest = hashlib.sha256(data_hash(self.train_examples).encode())
+        digest.update(data_hash(self.dev_examples).encode())
+        for part in (self.training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}), self.base.fingerprint):
+            digest.update(part.encode())
+        digest.update(repr((self.text_format, self.learning_rate, self.method, self.module.config)).encode())
+        return digest.hexdigest()[:16]
+
+
+def train(
+    base: Base,
+    examples: Sequence[Example],
+    *,
+    method: str = "prefix_tuning",
+    dev: Sequence[Example] | None = None,
+    text_format: TextFormat | None = None,
+    decoding: Decoding | None = None,
+    training: TrainingRecipe | None = None,
+    run_folder: str | Path | None = None,
+    watch: Watch = lambda report: None,
+    data_name: str = "",
+    **config: Any,
+) -> Prefix:
+    """Train a prefix on examples; further keywords are the method's choices (`num_virtual_tokens=10`).
+
+    dev: None draws a tenth of the sources. run_folder: checkpoints go there, and a run that was interrupted goes
+    on. Raises RecipeError for choices the method does not know, DataError, PrefixError and TrainingError.
+    """
+    training = training or TrainingRecipe()
+    if dev is None:
+        examples, dev = split_examples(examples, 0.1, training.seed)
+    prepared = prepare(
+        base, examples, dev, method=method, config=config, text_format=text_format, decoding=decoding,
+        training=training, limits=DataRecipe(train=data_name), data_name=data_name,
+    )  # fmt: skip
+    return run(prepared, None if run_folder is None else Path(run_folder), watch)
+
+
+def prepare_recipe(recipe: Recipe) -> Prepared:
+    """Load the base, read the data and check everything a recipe says."""
+    data = recipe.data
+    train_examples = read(data.train, format=data.format, **data.reader)
+    if data.dev is None:
+        train_examples, dev_examples = split_examples(train_examples, data.dev_fraction, recipe.training.seed)
+    else:
+        dev_examples = read(data.dev, format=data.format, **data.reader)
+    if data.pairs is not None:
+        train_examples = sample_pairs(train_examples, data.pairs, recipe.training.seed)
+    if data.dev_pairs is not None and data.dev_pairs < sum(len(e.targets) for e in dev_examples):
+        dev_examples = sample_pairs(dev_examples, data.dev_pairs, recipe.training.seed)
+    text_format = TextFormat.from_dict(default_format([e.source for e in train_examples]).to_dict() | data.text)
+    base = load_base(recipe.base, dtype=recipe.dtype, revision=recipe.base_revision)
+    return prepare(
+        base, train_examples, dev_examples, method=recipe.method, config=recipe.config, text_format=text_format,
+        decoding=recipe.decoding, training=recipe.training, limits=data, data_name=data.train,
+    )  # fmt: skip
+
+
+def prepare(
+    base: Base,
+    train_examples: Sequence[Example],
+    dev_examples: Sequence[Example],
+    *,
+    method: str,
+    config: dict[str, Any],
+    text_format: TextFormat | None,
+    decoding: Decoding | None,
+    training: TrainingRecipe,
+    limits: DataRecipe,
+    data_name: str,
+) -> Prepared:
+    """Build the prefix and encode the data."""
+    found = method_class(method)
+    checked = Recipe.model_construct(method=method, config=config).method_config
+    text_format = text_format or default_format([e.source for e in train_examples])
+    torch.manual_seed(training.seed)
+    module = found.build(base, checked)
+    shift = module.num_virtual_tokens if module.positions == "shifted" else 0
+    context = None if base.context_length is None else base.context_length - shift
+    fits = Limits(context=context, source=limits.max_source_tokens, target=limits.max_target_tokens)
+    for_encoder = bool(base.model.config.is_encoder_decoder)
+    train_set, dev_set = (
+        encode(e, text_format, base.tokenizer, fits, for_encoder=for_encoder) for e in (train_examples, dev_examples)
+    )
+    if train_set.num_pairs == 0:
+        raise TrainingError(f"{data_name or 'the training data'}: no example has a target; training needs targets")
+    return Prepared(
+        base=base, module=module, text_format=text_format, decoding=decoding or Decoding(), training=training,
+        train_set=train_set, dev_set=dev_set, train_examples=train_examples, dev_examples=dev_examples,
+        learning_rate=training.learning_rate or found.default_learning_rate(checked), method=method,
+        data_name=data_name,
+    )  # fmt: skip
+
+
+def run(
+    prepared: Prepared,
+    run_folder: Path | None = None,
+    watch: Watch = lambda report: None,
+    *,
+    tags: tuple[str, ...] = (),
+    licence: str | None = None,
+    notes: str = "",
+) -> Prefix:
+    """Train what was prepared, from the run's checkpoint if it has one."""
+    outcome = train_loop(
+        prepared.base.model,
+        prepared.module,
+        prepared.train_set,
+        prepared.dev_set if prepared.dev_set.num_pairs else None,
+        prepared.training,
+        learning_rate=prepared.learning_rate,
+        digest=prepared.digest,
+        run_folder=run_folder,
+        dev_metric=_bleu_of(prepared) if prepared.training.dev_metric == "bleu" else None,
+        watch=watch,
+    )
+    return Prefix(outcome.tensors, _card(prepared, outcome, tags, licence, notes))
+
+
+def is_unfinished(run_folder: Path) -> bool:
+    """Whether a run left a checkpoint to go on from."""
+    return (run_folder / CHECKPOINT_FILE).exists()
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """Sixteen hexadecimal digits of sources and targets, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.source, example.targets)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _bleu_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
+    examples = [e for e in prepared.dev_examples if e.targets][: prepared.training.dev_metric_sources]
+
+    def measure() -> dict[str, float]:
+        texts = generate(prepared.base, examples, text_format=prepared.text_format, decoding=prepared.decoding)
+        return {"dev_bleu": score([e.targets for e in examples], texts, ["bleu"])["bleu"]}
+
+    return measure
+
+
+def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: str | None, notes: str) -> Card:
+    base, training, progress = prepared.base, prepared.training, outcome.progress
+    return Card(
+        method=prepared.method,
+        config=prepared.module.config.model_dump(mode="json"),
+        positions=prepared.module.positions,
+        base=BaseRecord(name=base.name, revision=base.revision, fingerprint=base.fingerprint),
+        text_format=prepared.text_format.to_dict(),
+        decoding=prepared.decoding.model_dump(mode="json", exclude_defaults=True),
+        training={
+            "data": prepared.data_name,
+            "data_hash": data_hash(prepared.train_examples),
+            "sources": len(prepared.train_set.examples),
+            "pairs": prepared.train_set.num_pairs,
+            "truncated_sources": prepared.train_set.truncated_sources,
+            "truncated_targets": prepared.train_set.truncated_targets,
+            "steps": progress.step,
+            "kept_step": progress.best_step,
+            "stopped_early": progress.stopped_early,
+            "seconds": round(progress.seconds, 1),
+            "batch_form": outcome.form,
+            "learning_rate": prepared.learning_rate,
+            **training.model_dump(mode="json", exclude={"learning_rate", "trackers", "checkpoint_seconds"}),
+            "versions": {name: version(name) for name in ("antefix", "torch", "transformers")},
+            "python": platform.python_version(),
+        },
+        scores={"dev": progress.dev_scores},
+        tags=tags,
+        licence=licence,
+        notes=notes,
+    )
+
+
+__all__ = ["Prepared", "Watch", "is_unfinished", "kept", "prepare", "prepare_recipe", "run", "train"]
