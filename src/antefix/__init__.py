@@ -1,1 +1,86 @@
-"""Antefix: train, measure, keep and serve prefixes over a frozen language model."""
+"""Antefix: train, measure, keep and serve prefixes, small learned tensors that steer a frozen language model.
+
+The names below are the public ones. They are imported when first used, so that `import antefix` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from antefix.attach import Attachment, attached
+    from antefix.bank import Bank
+    from antefix.base import Base, load_base
+    from antefix.data import Chat, Example, Message, Table, Triples, read
+    from antefix.data.linearise import TextFormat
+    from antefix.doctor import examine
+    from antefix.errors import AntefixError
+    from antefix.generation import Decoding, generate
+    from antefix.metrics import score
+    from antefix.prefix import Card, Prefix
+    from antefix.training.recipe import Recipe, TrainingRecipe, load_recipe
+    from antefix.training.run import train
+
+_PUBLIC = {
+    "AntefixError": "antefix.errors",
+    "Attachment": "antefix.attach",
+    "Bank": "antefix.bank",
+    "Base": "antefix.base",
+    "Card": "antefix.prefix",
+    "Chat": "antefix.data",
+    "Decoding": "antefix.generation",
+    "Example": "antefix.data",
+    "Message": "antefix.data",
+    "Prefix": "antefix.prefix",
+    "Recipe": "antefix.training.recipe",
+    "Table": "antefix.data",
+    "TextFormat": "antefix.data.linearise",
+    "TrainingRecipe": "antefix.training.recipe",
+    "Triples": "antefix.data",
+    "attached": "antefix.attach",
+    "examine": "antefix.doctor",
+    "generate": "antefix.generation",
+    "load_base": "antefix.base",
+    "load_recipe": "antefix.training.recipe",
+    "read": "antefix.data",
+    "score": "antefix.metrics",
+    "train": "antefix.training.run",
+}
+
+__all__ = [
+    "AntefixError",
+    "Attachment",
+    "Bank",
+    "Base",
+    "Card",
+    "Chat",
+    "Decoding",
+    "Example",
+    "Message",
+    "Prefix",
+    "Recipe",
+    "Table",
+    "TextFormat",
+    "TrainingRecipe",
+    "Triples",
+    "attached",
+    "examine",
+    "generate",
+    "load_base",
+    "load_recipe",
+    "read",
+    "score",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'antefix' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(_PUBLIC[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

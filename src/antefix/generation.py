@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from antefix.attach import current_attachment
 from antefix.base import Base
-from antefix.data.example import Example, Source
+from antefix.data.example import Example, Source, Table, Triples
 from antefix.data.linearise import TextFormat, default_format
 from antefix.errors import GenerationError
 from antefix.prefix import Prefix
@@ -67,6 +67,12 @@ class Decoding(BaseModel):
         return given
 
 
+def default_decoding(sources: Sequence[Example | Source]) -> Decoding:
+    """Beams of 5 for tables and triples, as in the paper (section 5 and its code); greedy for all else."""
+    structured = all(isinstance(_plain(s), Table | Triples) for s in sources)
+    return Decoding(num_beams=5 if structured else 1)
+
+
 def generate(
     base: Base,
     sources: Sequence[Example | Source],
@@ -103,7 +109,7 @@ def generate_each(
     Raises GenerationError for an empty source list or one that does not fit, DataError for a source that the
     text format cannot write.
     """
-    plain = [s.source if isinstance(s, Example) else s for s in sources]
+    plain = [_plain(s) for s in sources]
     text_format = text_format or _card_format(base) or default_format(plain)
     decoding = decoding or _card_decoding(base)
     one_at_a_time = assistant_model is not None or decoding.prompt_lookup_num_tokens is not None or streamer is not None
@@ -132,6 +138,10 @@ def generate_each(
 def terminal_streamer(base: Base) -> BaseStreamer:
     """Prints a text word by word while it is written."""
     return TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _plain(source: Example | Source) -> Source:
+    return source.source if isinstance(source, Example) else source
 
 
 def _card_format(base: Base) -> TextFormat | None:

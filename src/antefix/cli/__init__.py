@@ -11,6 +11,10 @@ import sys
 
 import typer
 
+from antefix.cli.base import base_app
+from antefix.cli.demo import demo
+from antefix.cli.generate import generate
+from antefix.cli.train import train
 from antefix.errors import AntefixError
 
 app = typer.Typer(
@@ -21,6 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+app.command("demo")(demo)
+app.command("train")(train)
+app.command("generate")(generate)
+app.add_typer(base_app, name="base")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from antefix.methods.base import MethodModule
 from antefix.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
 from antefix.training.objectives import StepSize, pair_losses, reduce_losses
 from antefix.training.recipe import TrainingRecipe
+from antefix.training.recompute import recomputing
 
 BatchForm = Literal["packed", "padded", "encoder_decoder"]
 _FORMS: dict[BatchForm, Callable[[Encoded, Sequence[Unit], PreTrainedModel], Batch]] = {
@@ -86,11 +88,13 @@ def train_loop(
     run_folder: Path | None,
     dev_metric: Callable[[], dict[str, float]] | None = None,
     watch: Callable[[StepReport], None] = lambda report: None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train `module` on the base; goes on from the checkpoint in `run_folder`, if there is one.
 
     digest: tells this run from others; a checkpoint of another run is refused. dev_metric: further dev scores,
-    measured by generating, with the module attached. Raises TrainingError for a loss that is not finite.
+    measured by generating, with the module attached. stop_requested: asked after every step; True saves a
+    checkpoint and raises KeyboardInterrupt. Raises TrainingError for a loss that is not finite.
     """
     accelerator = Accelerator(
         log_with=list(recipe.trackers) or None, project_dir=None if run_folder is None else str(run_folder)
@@ -108,7 +112,8 @@ def train_loop(
         progress, best = load_checkpoint(checkpoint, digest, module, optimiser)
     evaluate_at = _evaluation_steps(num_steps, recipe.evaluations if dev_set or dev_metric else 0)
 
-    with attached(model, module), _activation_checkpointing(model, recipe.activation_checkpointing):
+    recompute = recomputing(model) if recipe.activation_checkpointing else nullcontext()
+    with attached(model, module), recompute:
         form = batch_form(model, train_set, recipe.packed)
         plan = steps(
             train_set, pairs_per_step=recipe.pairs_per_step, targets_per_row=recipe.targets_per_row, seed=recipe.seed
@@ -168,11 +173,14 @@ def train_loop(
             )
             if recipe.trackers:
                 accelerator.log({"loss": report.loss, "learning_rate": rate} | (scores or {}), step=progress.step)
-            due = now - last_saved >= recipe.checkpoint_seconds or progress.step == num_steps or progress.stopped_early
+            stop, is_over = stop_requested(), progress.step == num_steps or progress.stopped_early
+            due = now - last_saved >= recipe.checkpoint_seconds or is_over or stop
             if checkpoint is not None and due and accelerator.is_main_process:
                 save_checkpoint(checkpoint, digest, progress, module, optimiser, best)
                 last_saved = now
             watch(report)
+            if stop and not is_over:
+                raise KeyboardInterrupt
         tokens_per_second = tokens / max(time.perf_counter() - started - evaluating, 1e-9)
     if recipe.trackers:
         accelerator.end_training()
@@ -311,46 +319,3 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
     fields = ("inputs", "positions", "row", "label", "pair", "encoder", "source_of_row")
     return replace(batch, **{name: move(getattr(batch, name)) for name in fields})
-
-
-class _activation_checkpointing:  # noqa: N801 (a context manager, named like a function)
-    """Recompute activations in the backward pass.
-
-    transformers does so in train mode only, so its layers are put into train mode with every dropout at 0.
-    """
-
-    def __init__(self, model: PreTrainedModel, wanted: bool) -> None:
-        self._model, self._wanted = model, wanted
-        self._dropouts: list[tuple[torch.nn.Module, str, float]] = []
-
-    def __enter__(self) -> None:
-        if not self._wanted:
-            return
-        self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in self._model.modules():
-            for name in (
-                "p",
-                "dropout",
-                "attention_dropout",
-                "activation_dropout",
-                "layerdrop",
-                "dropout_prob",
-                "dropout_p",
-            ):
-                value = module.__dict__.get(name)
-                if isinstance(value, float) and value > 0:
-                    self._dropouts.append((module, name, value))
-                    setattr(module, name, 0.0)
-        for name, module in self._model.named_modules():
-            if not name.startswith("antefix"):
-                module.training = True
-
-    def __exit__(self, *exc: object) -> None:
-        if not self._wanted:
-            return
-        for module, name, value in self._dropouts:
-            setattr(module, name, value)
-        self._model.gradient_checkpointing_disable()
-        for name, module in self._model.named_modules():
-            if not name.startswith("antefix"):
-                module.training = False

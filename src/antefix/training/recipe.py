@@ -7,18 +7,18 @@ is an error that names the nearest known one.
 from __future__ import annotations
 
 import hashlib
-import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from antefix.errors import RecipeError, nearest
 from antefix.generation import Decoding
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodConfig
+from antefix.settings import override, validated
 from antefix.training.objectives import LossReduction
 
 
@@ -108,7 +108,8 @@ class Recipe(_Section):
     """The method's own choices."""
     data: DataRecipe
     training: TrainingRecipe = TrainingRecipe()
-    decoding: Decoding = Decoding()
+    decoding: Decoding | None = None
+    """Decoding defaults for the card; None: beams of 5 for tables and triples, else greedy."""
     tags: tuple[str, ...] = ()
     licence: str | None = None
     notes: str = ""
@@ -122,7 +123,7 @@ class Recipe(_Section):
     @property
     def method_config(self) -> MethodConfig:
         """The method's choices, checked."""
-        return _validated(method_class(self.method).Config, self.config, "config.")
+        return validated(method_class(self.method).Config, self.config, "config.")
 
     @property
     def run_folder(self) -> Path:
@@ -148,52 +149,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: no such recipe; `antefix init FILE` writes a first one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
-    for override in overrides:
-        _override(content, override)
+    override(content, overrides)
     try:
-        recipe: Recipe = _validated(Recipe, content)
+        recipe = validated(Recipe, content)
         _ = recipe.method_config
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
     return recipe
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"'{override}' is no override: write key=value, for example training.epochs=3")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise RecipeError(f"'{key}': '{parent}' is no section")
-    try:
-        content[last] = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        content[last] = text.strip()  # a bare word is a string
-
-
-def _validated(model: type[Any], content: Any, prefix: str = "") -> Any:
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        *parents, last = [str(part) for part in first["loc"]] or ["recipe"]
-        where = prefix + ".".join([*parents, last])
-        if first["type"] == "extra_forbidden":
-            known = _section(model, parents).model_fields
-            raise RecipeError(f"unknown key '{where}': {nearest(last, known)}") from error
-        if first["type"] == "missing":
-            raise RecipeError(f"'{where}' is missing") from error
-        given = json.dumps(first["input"], default=str)
-        message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(message if where.endswith("recipe") else f"'{where}' is {given}: {message}") from error
-
-
-def _section(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        model = annotation
-    return model

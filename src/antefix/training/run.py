@@ -18,12 +18,13 @@ from antefix.data.batch import Encoded, Limits, encode
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat, default_format
 from antefix.errors import TrainingError
-from antefix.generation import Decoding, generate
+from antefix.generation import Decoding, default_decoding, generate
 from antefix.methods import method_class
 from antefix.methods.base import MethodModule
 from antefix.metrics import score
-from antefix.prefix import BaseRecord, Card, Prefix, kept
+from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.training.checkpoint import CHECKPOINT_FILE
+from antefix.training.journal import Journal
 from antefix.training.loop import Outcome, StepReport, planned_steps, train_loop
 from antefix.training.recipe import DataRecipe, Recipe, TrainingRecipe
 
@@ -140,7 +141,7 @@ def prepare(
     if train_set.num_pairs == 0:
         raise TrainingError(f"{data_name or 'the training data'}: no example has a target; training needs targets")
     return Prepared(
-        base=base, module=module, text_format=text_format, decoding=decoding or Decoding(), training=training,
+        base=base, module=module, text_format=text_format, decoding=decoding or default_decoding(train_examples), training=training,
         train_set=train_set, dev_set=dev_set, train_examples=train_examples, dev_examples=dev_examples,
         learning_rate=training.learning_rate or found.default_learning_rate(checked), method=method,
         data_name=data_name,
@@ -152,11 +153,12 @@ def run(
     run_folder: Path | None = None,
     watch: Watch = lambda report: None,
     *,
+    stop_requested: Callable[[], bool] = lambda: False,
     tags: tuple[str, ...] = (),
     licence: str | None = None,
     notes: str = "",
 ) -> Prefix:
-    """Train what was prepared, from the run's checkpoint if it has one."""
+    """Train what was prepared, from the run's checkpoint if it has one; `train_loop` says what the arguments are."""
     outcome = train_loop(
         prepared.base.model,
         prepared.module,
@@ -168,8 +170,46 @@ def run(
         run_folder=run_folder,
         dev_metric=_bleu_of(prepared) if prepared.training.dev_metric == "bleu" else None,
         watch=watch,
+        stop_requested=stop_requested,
     )
     return Prefix(outcome.tensors, _card(prepared, outcome, tags, licence, notes))
+
+
+def run_recipe(
+    recipe: Recipe,
+    prepared: Prepared,
+    watch: Watch = lambda report: None,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    overwrite: bool = False,
+) -> Prefix:
+    """Train a recipe's prefix and keep it in its bank; the run's folder holds a log and a plot.
+
+    An interrupted run goes on from its checkpoint, which is removed once the prefix is kept.
+    """
+    check_name_is_free(recipe, overwrite)
+    journal = Journal(recipe.run_folder)
+
+    def note(report: StepReport) -> None:
+        journal.note(report)
+        watch(report)
+
+    prefix = run(
+        prepared, recipe.run_folder, note, stop_requested=stop_requested,
+        tags=recipe.tags, licence=recipe.licence, notes=recipe.notes,
+    )  # fmt: skip
+    prefix.save(recipe.prefix_folder, overwrite=overwrite)
+    journal.plot(recipe.name)
+    (recipe.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return prefix
+
+
+def check_name_is_free(recipe: Recipe, overwrite: bool) -> None:
+    """A kept prefix is never overwritten unasked. Raises TrainingError."""
+    if recipe.prefix_folder.exists() and not overwrite:
+        raise TrainingError(
+            f"{recipe.prefix_folder} exists: give the recipe another name, or say --overwrite to train it anew"
+        )
 
 
 def is_unfinished(run_folder: Path) -> bool:
@@ -226,6 +266,3 @@ def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: 
         licence=licence,
         notes=notes,
     )
-
-
-__all__ = ["Prepared", "Watch", "is_unfinished", "kept", "prepare", "prepare_recipe", "run", "train"]

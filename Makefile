@@ -1,0 +1,50 @@
+# Every target does its own set-up: a virtual environment in .venv, torch first, then Antefix with tested versions.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types docs check clean
+
+help:  ## Say what there is
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.run  ## Train a prefix on our own data and show what it changes (minutes)
+	$(BIN)/antefix demo
+
+test: $(VENV)/.dev  ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not network"
+
+test-slow: $(VENV)/.dev  ## Run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev  ## Style and errors a reader would trip over
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## Check the types
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev  ## Build the documentation into site/
+	$(BIN)/typer antefix.cli utils docs --name antefix --title "Commands" --output docs/commands.md > /dev/null
+	$(BIN)/mkdocs build --strict --quiet
+
+check: lint types test docs  ## All of it
+
+clean:  ## Remove what was built
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Antefix needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "setting up $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "adding the tools for development (once)"
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,174 @@
+"""`antefix generate`: texts from one source, from standard input, or from a file."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from antefix.cli.output import Json, console, print_json
+from antefix.errors import GenerationError
+
+if TYPE_CHECKING:
+    from antefix.base import Base
+    from antefix.data import Example
+    from antefix.data.linearise import TextFormat
+    from antefix.generation import Decoding
+    from antefix.prefix import Prefix
+
+
+def generate(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="One source: `name[The Eagle], food[French]`, `name: The Eagle`, or plain text."),
+    ] = None,
+    prefix: Annotated[
+        Path | None, typer.Option("--prefix", "-p", help="A kept prefix; without: the bare base.")
+    ] = None,
+    input_file: Annotated[
+        str | None, typer.Option("--input", "-i", help="A data file; every source gets a text.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of the data file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Texts go here, `.jsonl` or one a line; resumes.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base; without: the one the prefix names.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision of the base: float32, bfloat16, float16 or auto.")] = "float32",
+    decoding: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A decoding option, such as `num_beams=5` or `do_sample=true`."
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="KEY=VALUE", help="A change to the text format, such as `chat=true`."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sources decoded together.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many sources.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a text for every source, with a prefix (or with the bare base).
+
+    One source from the command line or standard input is printed, word by word on a terminal; the sources of a
+    file go to an output file, and an interrupted command goes on where it stopped.
+
+    Examples:
+
+    `antefix generate "name: Fern Hill | price: £20" -p bank/menus`
+
+    `antefix generate -p bank/menus -i menus.csv -o texts.jsonl --set num_beams=5`
+    """
+    from antefix.attach import attached
+    from antefix.base import load_base
+    from antefix.generation import Decoding
+    from antefix.prefix import Prefix
+    from antefix.settings import override, validated
+
+    kept = None if prefix is None else Prefix.load(prefix)
+    if kept is None and base is None:
+        raise GenerationError("say which prefix (--prefix FOLDER), or which bare base (--base smollm2-135m)")
+    examples, text_format = _sources(source, input_file, split, kept, text or [])
+    examples = examples[:limit]
+    options = override(dict(_default_decoding(kept, examples)), decoding or [])
+    chosen: Decoding = validated(Decoding, options, "decoding option ")
+    loaded = load_base(
+        base or kept.card.base.name, dtype=dtype, revision=None if kept is None else kept.card.base.revision
+    )  # type: ignore[union-attr, arg-type]
+    with nullcontext() if kept is None else attached(loaded.model, kept):
+        if input_file is None:
+            _print_one(loaded, examples, text_format, chosen, as_json)
+        else:
+            _write_many(loaded, kept, examples, text_format, chosen, batch_size, output, overwrite, as_json)
+
+
+def _sources(
+    source: str | None, input_file: str | None, split: str | None, kept: Prefix | None, changes: list[str]
+) -> tuple[list[Example], TextFormat]:
+    from antefix.data import Example, read
+    from antefix.data.linearise import TextFormat, default_format, parse_source
+    from antefix.settings import override
+
+    if input_file is not None:
+        if source is not None:
+            raise GenerationError("give one source or --input FILE, not both")
+        examples = read(input_file, **({} if split is None else {"split": split}))
+        start = kept.card.text_format if kept is not None else default_format([examples[0].source]).to_dict()
+        return examples, TextFormat.from_dict(override(dict(start), changes))
+    text_format = TextFormat.from_dict(override(dict(kept.card.text_format if kept is not None else {}), changes))
+    if source is None:
+        if sys.stdin.isatty():
+            raise GenerationError("no source: give one as an argument, on standard input, or a file with --input")
+        source = sys.stdin.read()
+    return [Example(source=parse_source(source, text_format))], text_format
+
+
+def _default_decoding(kept: Prefix | None, examples: list[Example]) -> dict[str, Any]:
+    from antefix.generation import default_decoding
+
+    if kept is not None:
+        return kept.card.decoding
+    return default_decoding(examples).model_dump(exclude_defaults=True)
+
+
+def _print_one(base: Base, examples: list[Example], text_format: TextFormat, decoding: Decoding, as_json: bool) -> None:
+    from antefix.generation import generate, generate_each, terminal_streamer
+
+    if sys.stdout.isatty() and not as_json and decoding.num_beams == 1:
+        for _ in generate_each(
+            base, examples, text_format=text_format, decoding=decoding, streamer=terminal_streamer(base)
+        ):
+            pass
+        return
+    written = generate(base, examples, text_format=text_format, decoding=decoding)[0]
+    if as_json:
+        print_json({"text": written})
+    else:
+        typer.echo(written)
+
+
+def _write_many(
+    base: Base, kept: Prefix | None, examples: list[Example], text_format: TextFormat, decoding: Decoding,
+    batch_size: int, output: Path | None, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    from antefix.cli.progress import LiveLine, clock
+    from antefix.generated_file import GeneratedFile
+    from antefix.generation import generate_each
+    from antefix.pace import Pace
+
+    if output is None:
+        raise GenerationError("say where the texts go: --output texts.jsonl (or .txt, one text a line)")
+    task = [
+        base.fingerprint,
+        text_format.model_dump_json(),
+        decoding.model_dump_json(),
+        repr([e.source for e in examples]),
+    ]
+    task.append("" if kept is None else kept.card.model_dump_json())
+    file = GeneratedFile(output, task, overwrite=overwrite)
+    left = [n for n in range(len(examples)) if n not in file.texts]
+    out = console()
+    if file.texts:
+        out.print(f"going on: {len(file.texts)} of {len(examples)} texts are there", highlight=False)
+    pace = Pace(len(left))
+    with LiveLine(out, len(examples), "text") as line:
+        each = (
+            generate_each(
+                base, [examples[n] for n in left], text_format=text_format, decoding=decoding, batch_size=batch_size
+            )
+            if left
+            else ()
+        )
+        for index, written in each:
+            file.add(left[index], written)
+            pace.one_done()
+            line.show(len(file.texts), f"{pace.per_second:.1f}/s  {clock(pace.seconds_left)} left")
+    file.finish([e.where for e in examples])
+    if as_json:
+        print_json({"output": str(output), "texts": len(examples), "seconds": round(pace.seconds, 1)})
+    else:
+        typer.echo(f"{len(examples)} texts in {output}")

@@ -1,0 +1,111 @@
+"""`antefix train`: from a recipe to a kept prefix, with a live line and an exact resume."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from antefix.cli.output import Json, console, print_json
+
+if TYPE_CHECKING:
+    from antefix.training.recipe import Recipe
+    from antefix.training.run import Prepared
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, a TOML file; `antefix init FILE` writes a first one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished run and start anew.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the kept prefix of this name.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a prefix as a recipe says, and keep it in its bank.
+
+    An interrupted run (Ctrl-C, a crash, a power cut) goes on where its last checkpoint was when the same command
+    is given again, and ends with the same bits.
+
+    Example: `antefix train menus.toml training.epochs=3 config.num_virtual_tokens=20`
+    """
+    from antefix.cli.progress import TrainingProgress
+    from antefix.training.checkpoint import CHECKPOINT_FILE
+    from antefix.training.recipe import load_recipe
+    from antefix.training.run import check_name_is_free, prepare_recipe, run_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    check_name_is_free(loaded, overwrite)
+    if restart:
+        (loaded.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    out = console()
+    prepared = prepare_recipe(loaded)
+    for line in _plan(loaded, prepared):
+        out.print(line, highlight=False)
+    if dry_run:
+        return
+    with stop_after_step() as stop_requested, TrainingProgress(out, prepared.num_steps) as progress:
+        prefix = run_recipe(loaded, prepared, progress, stop_requested=stop_requested, overwrite=overwrite)
+    training = prefix.card.training
+    result: dict[str, Any] = {
+        "prefix": str(loaded.prefix_folder),
+        "run": str(loaded.run_folder),
+        "bytes": prefix.num_bytes,
+        "values": prefix.num_values,
+        "steps": training["steps"],
+        "kept_step": training["kept_step"],
+        "seconds": training["seconds"],
+        "dev": prefix.card.scores["dev"],
+    }
+    if as_json:
+        print_json(result)
+        return
+    typer.echo(
+        f"kept {loaded.prefix_folder} ({prefix.num_bytes / 1024:,.0f} KiB, step {training['kept_step']} of "
+        f"{training['steps']}, {training['seconds']:,.0f} s); log and curve in {loaded.run_folder}"
+    )
+    out.print(f"next: antefix generate --prefix {loaded.prefix_folder} --input FILE --output texts.jsonl")
+
+
+def _plan(recipe: Recipe, prepared: Prepared) -> list[str]:
+    from antefix.training.run import is_unfinished
+
+    train_set, dev_set = prepared.train_set, prepared.dev_set
+    lines = [
+        f"base {prepared.base.name}, method {prepared.method}, {prepared.module.num_virtual_tokens} slots, "
+        f"learning rate {prepared.learning_rate:g}",
+        f"data {train_set.num_pairs:,} pairs of {len(train_set.examples):,} sources; dev {dev_set.num_pairs:,} pairs "
+        f"of {len(dev_set.examples):,}; {prepared.num_steps:,} steps of {prepared.training.pairs_per_step} pairs",
+    ]
+    cut = [
+        (n, what) for n, what in ((train_set.truncated_sources, "sources"), (train_set.truncated_targets, "targets"))
+    ]
+    lines += [f"cut to the limit: {n:,} {what} of the training set" for n, what in cut if n]
+    if is_unfinished(recipe.run_folder):
+        lines.append(f"going on from the checkpoint in {recipe.run_folder}")
+    return lines
+
+
+@contextmanager
+def stop_after_step() -> Iterator[Any]:
+    """The first Ctrl-C (or SIGTERM) ends the run after the step it is in, with a checkpoint; the second at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        console().print("stopping after this step; the same command goes on from here (Ctrl-C again: stop at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

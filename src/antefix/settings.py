@@ -1,0 +1,66 @@
+"""`key=value` words of the command line, and pydantic's refusals as one line that names the nearest known key."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from antefix.errors import RecipeError, nearest
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def override(content: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Put `key=value` words into (nested) settings, in place; dotted keys reach into sections.
+
+    A value is read as TOML does, a bare word is a string. Raises RecipeError for anything else.
+    """
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"'{word}' is no override: write key=value, for example training.epochs=3")
+        *parents, last = key.strip().split(".")
+        section = content
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise RecipeError(f"'{key}': '{parent}' is no section")
+        try:
+            section[last] = tomllib.loads(f"value = {text.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            section[last] = text.strip()
+    return content
+
+
+def validated(model: type[Settings], content: Any, prefix: str = "") -> Settings:
+    """The settings, checked. Raises RecipeError: an unknown key (with the nearest), a missing one, a bad value."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        *parents, last = [str(part) for part in first["loc"]] or [""]
+        where = prefix + ".".join([*parents, last])
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(
+                f"unknown key '{where}': {nearest(last, _section(model, parents).model_fields)}"
+            ) from error
+        if first["type"] == "missing":
+            raise RecipeError(f"'{where}' is missing") from error
+        message = first["msg"].removeprefix("Value error, ")
+        if not last:
+            raise RecipeError(message) from error
+        given = json.dumps(first["input"], default=str)
+        raise RecipeError(f"'{where}' is {given}: {message}") from error
+
+
+def _section(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return model
