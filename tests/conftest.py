@@ -9,17 +9,24 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from antefix.base import Base
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 """Real data that is not part of the repository; tests that need it are skipped where it is absent."""
 
-VOCABULARY = 97
+VOCABULARY = 263
+CONTEXT = 512
 LAYERS, HEADS, GROUPS, WIDTH = 3, 6, 2, 8
 
 _COMMON: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=HEADS * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-    intermediate_size=56, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    intermediate_size=56, max_position_embeddings=CONTEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 _GROUPED = {**_COMMON, "num_key_value_heads": GROUPS, "head_dim": WIDTH + 2}
 
@@ -31,7 +38,7 @@ def _config(name: str, **kwargs: Any) -> Any:
 ARCHITECTURES: dict[str, Callable[[], tuple[str, Any]]] = {
     "gpt2": lambda: (
         "GPT2LMHeadModel",
-        _config("GPT2Config", vocab_size=VOCABULARY, n_positions=128, n_embd=48, n_layer=LAYERS, n_head=HEADS,
+        _config("GPT2Config", vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=48, n_layer=LAYERS, n_head=HEADS,
                 n_inner=56, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     ),
     "llama": lambda: ("LlamaForCausalLM", _config("LlamaConfig", **_GROUPED)),
@@ -50,7 +57,7 @@ ARCHITECTURES: dict[str, Callable[[], tuple[str, Any]]] = {
     "opt": lambda: (
         "OPTForCausalLM",
         _config("OPTConfig", vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=LAYERS, ffn_dim=56,
-                num_attention_heads=HEADS, max_position_embeddings=128, word_embed_proj_dim=48, pad_token_id=0,
+                num_attention_heads=HEADS, max_position_embeddings=CONTEXT, word_embed_proj_dim=48, pad_token_id=0,
                 bos_token_id=1, eos_token_id=2),
     ),
     "gpt_neox": lambda: ("GPTNeoXForCausalLM", _config("GPTNeoXConfig", **_COMMON, rotary_pct=0.5)),
@@ -58,7 +65,7 @@ ARCHITECTURES: dict[str, Callable[[], tuple[str, Any]]] = {
         "BartForConditionalGeneration",
         _config("BartConfig", vocab_size=VOCABULARY, d_model=48, encoder_layers=2, decoder_layers=LAYERS,
                 encoder_attention_heads=4, decoder_attention_heads=HEADS, encoder_ffn_dim=56, decoder_ffn_dim=56,
-                max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                max_position_embeddings=CONTEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2,
                 decoder_start_token_id=2, forced_eos_token_id=None),
     ),
     "t5": lambda: (
@@ -85,6 +92,29 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.25)
     return model.to(dtype).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, with the models' pad, begin and end tokens and a chat template."""
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(ByteLevel.alphabet())
+    made = Tokenizer(BPE({token: n for n, token in enumerate([*special, *alphabet])}, []))
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    made.decoder = ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return tokenizer
+
+
+def tiny_base(name: str, seed: int = 0) -> Base:
+    """A tiny model and its tokenizer, as `load_base` would give them."""
+    model = tiny_model(name, seed=seed)
+    return Base(model.requires_grad_(False), tiny_tokenizer(), f"tiny-{name}")
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -20,6 +20,7 @@ from antefix.data.example import Example, Source, Table, Triples
 from antefix.data.linearise import TextFormat, default_format
 from antefix.errors import GenerationError
 from antefix.prefix import Prefix
+from antefix.settings import validated
 
 
 class Decoding(BaseModel):
@@ -153,7 +154,7 @@ def _card_format(base: Base) -> TextFormat | None:
 
 def _card_decoding(base: Base) -> Decoding:
     for prefix in _attached_prefixes(base):
-        return Decoding.model_validate(prefix.card.decoding)
+        return validated(Decoding, prefix.card.decoding, "decoding.")
     return Decoding()
 
 

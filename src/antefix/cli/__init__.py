@@ -11,9 +11,11 @@ import sys
 
 import typer
 
+from antefix.cli.bank import bank_app
 from antefix.cli.base import base_app
 from antefix.cli.demo import demo
 from antefix.cli.generate import generate
+from antefix.cli.init import init
 from antefix.cli.train import train
 from antefix.errors import AntefixError
 
@@ -27,9 +29,11 @@ app = typer.Typer(
 )
 
 app.command("demo")(demo)
+app.command("init")(init)
 app.command("train")(train)
 app.command("generate")(generate)
 app.add_typer(base_app, name="base")
+app.add_typer(bank_app, name="bank")
 
 
 def main() -> None:

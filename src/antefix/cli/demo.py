@@ -51,9 +51,7 @@ def demo(
     _show(result, _side_by_side(test, before, after))
 
 
-def _measured(
-    out: Console, kept: Path, name: str, base: Base, prefix: Prefix | None, test: list[Example]
-) -> Measured:
+def _measured(out: Console, kept: Path, name: str, base: Base, prefix: Prefix | None, test: list[Example]) -> Measured:
     """Measure once; a demo that was interrupted finds what it measured before."""
     from antefix import atomic
     from antefix.cli.progress import LiveLine, clock

@@ -97,7 +97,7 @@ def _sources(
         if source is not None:
             raise GenerationError("give one source or --input FILE, not both")
         examples = read(input_file, **({} if split is None else {"split": split}))
-        start = kept.card.text_format if kept is not None else default_format([examples[0].source]).to_dict()
+        start = kept.card.text_format if kept is not None else default_format([e.source for e in examples]).to_dict()
         return examples, TextFormat.from_dict(override(dict(start), changes))
     text_format = TextFormat.from_dict(override(dict(kept.card.text_format if kept is not None else {}), changes))
     if source is None:

@@ -84,8 +84,8 @@ class NetworkSlots(nn.Module):
             error = torch.nn.functional.mse_loss(_flat(self().values()), wanted)
             error.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-        optimiser.zero_grad()
-        return float(error)
+        self.zero_grad()  # the embedding's too: a left-over gradient would enter the first step of training
+        return float(error.detach())
 
     def _widths(self, kind: str) -> list[int]:
         sites = [s for s in self._sites if s.kind == kind]

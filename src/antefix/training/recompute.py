@@ -25,7 +25,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
     before = _silence_dropouts(model)
     modes = {module: module.training for module in model.modules()}
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise TrainingError(f"activation_checkpointing = true, but {type(model).__name__} has none: {error}") from error
     for module in _base_modules(model):
@@ -33,7 +33,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         for module, mode in modes.items():
             module.training = mode
         for module, name, value in before:

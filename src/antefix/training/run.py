@@ -129,11 +129,13 @@ def prepare(
     found = method_class(method)
     checked = Recipe.model_construct(method=method, config=config).method_config
     text_format = text_format or default_format([e.source for e in train_examples])
+    if limits.max_source_tokens is not None:
+        text_format = text_format.model_copy(update={"max_source_tokens": limits.max_source_tokens})
     torch.manual_seed(training.seed)
     module = found.build(base, checked)
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
-    fits = Limits(context=context, source=limits.max_source_tokens, target=limits.max_target_tokens)
+    fits = Limits(context=context, target=limits.max_target_tokens)
     for_encoder = bool(base.model.config.is_encoder_decoder)
     train_set, dev_set = (
         encode(e, text_format, base.tokenizer, fits, for_encoder=for_encoder) for e in (train_examples, dev_examples)

@@ -1,0 +1,109 @@
+"""The E2E challenge on 1,000 training pairs: a prefix against the bare base with its chat template.
+
+    python experiments/e2e_1000.py path/to/e2e-dataset.zip
+
+Runs Antefix's own commands in `experiments/work/e2e_1000` and writes figures, never texts, to
+`results/e2e_1000/`. Every finished piece is kept: the same command goes on after an interruption. The bare base
+gets the best of three written instructions, chosen by BLEU on the first dev sources.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE / "work" / "e2e_1000"
+RESULTS = HERE.parent / "results" / "e2e_1000"
+RECIPE = HERE.parent / "recipes" / "e2e_1000.toml"
+BASE = "smollm2-135m"
+DEV_SOURCES = 60
+INSTRUCTIONS = (
+    "Describe this restaurant in one or two sentences, using all of these facts and nothing else:\n",
+    "Write one fluent English sentence for a restaurant guide that says exactly the following.\n",
+    "Turn the data into a short text. Mention every value once and do not add anything.\nData: ",
+)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    data = Path(sys.argv[1]).resolve()
+    train, dev, test = (f"{data}::{name}.csv" for name in ("trainset", "devset", "testset_w_refs"))
+    WORK.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+
+    prefix = WORK / "bank" / "e2e_1000"
+    if not prefix.is_dir():
+        antefix("train", str(RECIPE), f"data.train={train}", f"data.dev={dev}")
+    keep("prefix", prefix_texts(prefix, test), test)
+    keep_card(prefix)
+
+    dev_scores = {}
+    for number, instruction in enumerate(INSTRUCTIONS):
+        texts = bare_texts(f"bare_dev_{number}.jsonl", instruction, dev, DEV_SOURCES)
+        dev_scores[instruction] = antefix_json(
+            "eval", "--references", dev, "--limit", str(DEV_SOURCES), "--hypotheses", str(texts), "--metrics", "bleu"
+        )["scores"]["bleu"]
+    best = max(dev_scores, key=dev_scores.__getitem__)
+    write("instructions", {"dev_sources": DEV_SOURCES, "dev_bleu": dev_scores, "best": best})
+    keep("bare", bare_texts("bare_test.jsonl", best, test, None), test)
+
+
+def prefix_texts(prefix: Path, test: str) -> Path:
+    """Beam 5, as the prefix's card says."""
+    texts = WORK / "prefix_test.jsonl"
+    if not texts.exists():
+        antefix("generate", "--prefix", str(prefix), "--input", test, "--output", str(texts))
+    return texts
+
+
+def bare_texts(name: str, instruction: str, data: str, limit: int | None) -> Path:
+    """The bare base with its chat template and the same decoding."""
+    texts = WORK / name
+    if not texts.exists():
+        antefix(
+            "generate", "--base", BASE, "--input", data, "--output", str(texts), "--set", "num_beams=5",
+            "--text", "chat=true", "--text", f"instruction={json.dumps(instruction)}",
+            *(() if limit is None else ("--limit", str(limit))),
+        )  # fmt: skip
+    return texts
+
+
+def keep(name: str, texts: Path, references: str) -> None:
+    """Score all five metrics and the fields, and keep the figures."""
+    if (RESULTS / f"{name}.json").exists():
+        return
+    found = antefix_json("eval", "--references", references, "--hypotheses", str(texts), "--fields")
+    found.get("fields", {}).pop("texts", None)
+    write(name, found | {"python": platform.python_version(), "machine": platform.machine()})
+
+
+def keep_card(prefix: Path) -> None:
+    card = json.loads((prefix / "card.json").read_text(encoding="utf-8"))
+    card["training"]["data"] = "e2e-dataset.zip::trainset.csv"
+    write("card", card)
+    shutil.copy(WORK / "runs" / "e2e_1000" / "curve.png", RESULTS / "curve.png")
+
+
+def write(name: str, content: dict[str, Any]) -> None:
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def antefix(*words: str) -> None:
+    subprocess.run(["antefix", *words], cwd=WORK, check=True)
+
+
+def antefix_json(*words: str) -> dict[str, Any]:
+    done = subprocess.run(["antefix", *words, "--json"], cwd=WORK, check=True, stdout=subprocess.PIPE, text=True)
+    content: dict[str, Any] = json.loads(done.stdout)
+    return content
+
+
+if __name__ == "__main__":
+    main()
