@@ -1,29 +1,36 @@
-"""Files and folders that appear whole or not at all: temporary name, fsync, rename."""
+"""Files and folders that appear whole or not at all: temporary name, fsync, rename.
+
+Scratch names start with a dot, so that nobody takes one for a kept thing; what a killed process leaves behind
+under such a name may be deleted. Knows bytes and paths only.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: <fcntl.h>, <linux/fs.h>
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically. Raises OSError (disk full, no permission) and leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    scratch = _scratch_beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        # Made by `open`, not by `tempfile`: a kept file gets the permissions that any other file would get.
+        with scratch.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch)
-        raise
+        _sync(path.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -33,23 +40,58 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises FileExistsError if `path` exists by then, unless `replace` is given.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    scratch = _scratch_beside(path)
+    scratch.mkdir()
     try:
         yield scratch
         for file in scratch.iterdir():
             _sync(file)
-        if replace and path.exists():
-            outgoing = scratch.with_name(scratch.name + ".old")
-            os.rename(path, outgoing)
+        if not os.path.lexists(path):
             os.rename(scratch, path)
-            shutil.rmtree(outgoing)
+        elif replace:
+            _exchange(scratch, path)  # what was there goes the way of the scratch folder
         else:
-            if path.exists():
-                raise FileExistsError(f"{path} exists")
-            os.rename(scratch, path)
+            raise FileExistsError(f"{path} exists")
         _sync(path.parent)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _delete(scratch)
+
+
+def remove_folder(path: Path) -> None:
+    """Take a folder away: its name is free at once, then its content is deleted.
+
+    A link is removed, never what it points to. Raises OSError and leaves what was there.
+    """
+    scratch = _scratch_beside(path)
+    os.rename(path, scratch)
+    _sync(path.parent)
+    _delete(scratch)
+
+
+def _scratch_beside(path: Path) -> Path:
+    return path.parent / f".{path.name}-{secrets.token_hex(4)}"
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two names: in one step where the system can (Linux), else in two, undone if the second fails."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename and rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+        return
+    aside = _scratch_beside(old)
+    os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except OSError:
+        os.rename(aside, old)
+        raise
+    os.rename(aside, new)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

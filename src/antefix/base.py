@@ -6,25 +6,25 @@ prefixes. The weights are frozen and the model is in eval mode from here on.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from antefix import embedded
 from antefix.errors import BaseModelError
+from antefix.fingerprint import fingerprint
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -89,22 +89,3 @@ def _auto_class(config: Any) -> Any:
     if "MaskedLM" in architectures:
         return AutoModelForMaskedLM
     return AutoModelForCausalLM
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Sixteen hexadecimal digits that tell one set of weights from another.
-
-    Hashes names, shapes and one value of every row, rounded to bfloat16: fast, equal for float32 and
-    bfloat16 copies of the same weights (not for float16), and a changed row is noticed with the chance that
-    its drawn value changed. Tied weights count once; what is attached to the model does not count.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.startswith("antefix."):
-            continue
-        rows = parameter.detach().reshape(parameter.shape[0] if parameter.ndim else 1, -1)
-        columns = torch.arange(rows.shape[0], device=rows.device) * 2_654_435_761 % rows.shape[1]
-        drawn = rows.gather(1, columns[:, None]).to(torch.bfloat16).cpu().view(torch.int16)
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        digest.update(drawn.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -76,3 +76,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}Known: {', '.join(choices)}"
+
+
+def one_line(foreign: object, most: int = 200) -> str:
+    """What a foreign file or library says, fit for a message: one line, printable, not endless.
+
+    >>> one_line("bad\\n  file \\x1b[31m")
+    'bad file ?[31m'
+    """
+    text = " ".join(str(foreign).split())
+    if len(text) > most:
+        text = text[:most] + "..."
+    return "".join(c if c.isprintable() else "?" for c in text)

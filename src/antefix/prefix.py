@@ -15,18 +15,20 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from antefix import atomic
-from antefix.base import fingerprint
-from antefix.errors import PrefixFileError, WrongBaseError, nearest
+from antefix import atomic, strict_json
+from antefix.data.linearise import TextFormat
+from antefix.errors import DataError, PrefixFileError, WrongBaseError, nearest, one_line
+from antefix.fingerprint import fingerprint
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodModule
 from antefix.parts.initial import Positions
 from antefix.sites import find_sites
-from antefix.tensor_file import TENSORS_FILE, read_tensors
+from antefix.tensor_file import TENSORS_FILE, problem_of, read_tensors, sha256_of
 
 FORMAT_VERSION = 1
 CARD_FILE = "card.json"
-_MOST_CARD_BYTES = 1 << 20
+MOST_CARD_BYTES = 1 << 20
+_SHA256 = "tensors_sha256"
 
 
 class BaseRecord(BaseModel):
@@ -44,7 +46,7 @@ class Card(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     method: str
     config: dict[str, Any]
     positions: Positions
@@ -83,12 +85,12 @@ class Prefix:
     def module(self, model: PreTrainedModel, *, check_base: bool = True) -> MethodModule:
         """The prefix as a module that can be attached.
 
-        Raises WrongBaseError if the base is not the one it was trained for.
+        Raises WrongBaseError if the base is not the one it was trained for, PrefixError if a tensor does not fit it.
         """
         if check_base and (found_fingerprint := fingerprint(model)) != self.card.base.fingerprint:
             raise WrongBaseError(
-                f"this prefix was trained for the base '{self.card.base.name}' (fingerprint "
-                f"{self.card.base.fingerprint}), the model given has fingerprint {found_fingerprint}: "
+                f"this prefix was trained for the base '{one_line(self.card.base.name)}' (fingerprint "
+                f"{one_line(self.card.base.fingerprint, 16)}), the model given has fingerprint {found_fingerprint}: "
                 "load the base it was trained for"
             )
         found = method_class(self.card.method)
@@ -98,18 +100,24 @@ class Prefix:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the folder, atomically.
 
-        Raises PrefixFileError if the folder exists (unless `overwrite`), or cannot be written.
+        Raises PrefixFileError if the folder exists (unless `overwrite`), cannot be written, or could not be read
+        again; what was there stays.
         """
         path = Path(folder)
         if path.exists() and not overwrite:
             raise PrefixFileError(f"{path} exists: choose another name, or say overwrite")
+        for name, tensor in self.tensors.items():
+            if problem := problem_of(tensor):
+                raise PrefixFileError(f"{path}: not saved, tensor '{name}' {problem}")
         try:
             with atomic.new_folder(path, replace=overwrite) as scratch:
                 # The bytes go through Python's own write: a full disk is then an error, not a crash of the mapping.
-                (scratch / TENSORS_FILE).write_bytes(
-                    save(self.tensors, metadata={"format_version": str(FORMAT_VERSION)})
-                )
-                (scratch / CARD_FILE).write_text(self.card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                tensors_file = scratch / TENSORS_FILE
+                tensors_file.write_bytes(save(self.tensors, metadata={"format_version": str(FORMAT_VERSION)}))
+                card = _card_bytes(self.card, sha256_of(tensors_file))
+                if len(card) > MOST_CARD_BYTES:
+                    raise PrefixFileError(f"{path}: not saved, its card has {len(card):,} bytes: shorten the notes")
+                (scratch / CARD_FILE).write_bytes(card)
         except OSError as error:
             raise PrefixFileError(
                 f"{path}: could not be saved ({error.strerror or error}); nothing was changed"
@@ -123,44 +131,71 @@ class Prefix:
         Raises PrefixFileError, naming file and tensor or key.
         """
         path = Path(folder)
-        if not path.is_dir():
-            raise PrefixFileError(f"{path}: no such folder; a prefix is a folder with {TENSORS_FILE} and {CARD_FILE}")
-        return cls(read_tensors(path / TENSORS_FILE), read_card(path))
+        card, sha256 = _read_card_file(path)
+        tensors = read_tensors(path / TENSORS_FILE)
+        if sha256_of(path / TENSORS_FILE) != sha256:
+            raise PrefixFileError(
+                f"{path / TENSORS_FILE}: not the bytes that were kept ({_SHA256} in {CARD_FILE}); fetch it again"
+            )
+        return cls(tensors, card)
 
 
 def read_card(folder: Path) -> Card:
     """The card of a kept prefix, without its tensors. Raises PrefixFileError."""
-    path = folder / CARD_FILE
-    try:
-        if path.stat().st_size > _MOST_CARD_BYTES:
-            raise PrefixFileError(f"{path}: more than {_MOST_CARD_BYTES:,} bytes; that is no card")
-        content = json.loads(path.read_bytes())
-        version = content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise PrefixFileError(
-                f"{path}: format version {version}, this Antefix reads up to {FORMAT_VERSION}: upgrade it"
-            )
-        card = Card.model_validate(content)
-        if card.method not in METHODS:
-            raise PrefixFileError(f"{path}: unknown method '{card.method[:60]}': {nearest(card.method, METHODS)}")
-        method_class(card.method).Config.model_validate(card.config)
-    except FileNotFoundError as error:
-        raise PrefixFileError(
-            f"{path}: no such file; a prefix is a folder with {TENSORS_FILE} and {CARD_FILE}"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise PrefixFileError(f"{path}: not a readable card ({_reason(error)})") from error
-    return card
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "card"
-        return f"{where}: {first['msg']}"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _read_card_file(folder)[0]
 
 
 def kept(module: MethodModule, card: Card) -> Prefix:
     """A trained module as a prefix: folded, ready to be saved."""
     return Prefix(module.kept_tensors(), card)
+
+
+def _card_bytes(card: Card, sha256: str) -> bytes:
+    content = json.loads(card.model_dump_json())
+    ordered = {"format_version": content.pop("format_version"), _SHA256: sha256, **content}
+    return (json.dumps(ordered, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _read_card_file(folder: Path) -> tuple[Card, str]:
+    """The card, and the SHA-256 that its tensor file must have."""
+    path = folder / CARD_FILE
+    if not path.is_file():
+        raise PrefixFileError(f"{path}: no such file; a prefix is a folder with {TENSORS_FILE} and {CARD_FILE}")
+    try:
+        with path.open("rb") as file:
+            content = _card_json(file.read(MOST_CARD_BYTES + 1))
+        sha256 = content.pop(_SHA256, None)
+        if not isinstance(sha256, str):
+            raise ValueError(f"{_SHA256}: missing, or no text")
+        card = Card.model_validate(content)
+        if card.method not in METHODS:
+            raise ValueError(f"unknown method '{card.method}': {nearest(card.method, METHODS)}")
+        config = method_class(card.method).Config.model_validate(card.config).model_dump()
+        if config.get("positions", card.positions) != card.positions:
+            raise ValueError(f"positions: the card says {card.positions}, its config {config['positions']}")
+        TextFormat.from_dict(card.text_format)
+    except (OSError, ValueError, DataError) as error:
+        raise PrefixFileError(f"{path}: not a readable card ({reason_of(error)})") from error
+    return card, sha256
+
+
+def _card_json(raw: bytes) -> dict[str, Any]:
+    """A card's content, if it is of a format that can be read here. Raises ValueError."""
+    if len(raw) > MOST_CARD_BYTES:
+        raise ValueError(f"more than {MOST_CARD_BYTES:,} bytes")
+    content = strict_json.parse(raw)
+    version = content.get("format_version")
+    if type(version) is not int:
+        raise ValueError("format_version: missing, or no whole number")
+    if version > FORMAT_VERSION:
+        raise ValueError(f"format version {version}, this Antefix reads up to {FORMAT_VERSION}: upgrade it")
+    return content
+
+
+def reason_of(error: Exception) -> str:
+    """Why foreign content was refused, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "card"
+        return one_line(f"{where}: {first['msg']}")
+    return one_line(error) or type(error).__name__

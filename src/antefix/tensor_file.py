@@ -1,10 +1,13 @@
 """Reads the tensor file of a kept prefix, trusting nothing in it.
 
-Only safetensors, never pickle. Names, shapes, sizes and finiteness are checked before a value is used.
+Only safetensors, never pickle. Sizes, names, types, shapes and finiteness are checked before a value is used, in
+this order, so that a hostile file costs no memory. `docs/format.md` has the rules.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 from pathlib import Path
 
@@ -12,14 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from antefix.errors import PrefixFileError
+from antefix import strict_json
+from antefix.errors import PrefixFileError, one_line
 
 TENSORS_FILE = "prefix.safetensors"
 
-_MOST_BYTES = 8 << 30
-_MOST_TENSORS = 20_000
-_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
+MOST_BYTES = 8 << 30
+MOST_HEADER_BYTES = 8 << 20
+MOST_TENSORS = 20_000
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}", re.ASCII)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_AXES = 8
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -27,37 +33,57 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises PrefixFileError naming the file, and the tensor where one is at fault.
     """
-    if not path.is_file():
-        raise PrefixFileError(f"{path}: no such file; a prefix is a folder with {TENSORS_FILE} and card.json")
-    size = path.stat().st_size
-    if size > _MOST_BYTES:
-        raise PrefixFileError(f"{path}: {size:,} bytes, more than the {_MOST_BYTES:,} a prefix may have")
     try:
+        _check_header(path)
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            if len(names) > _MOST_TENSORS:
-                raise PrefixFileError(f"{path}: {len(names):,} tensors, more than the {_MOST_TENSORS:,} allowed")
-            return {name: _checked(path, name, file.get_tensor(name)) for name in names}
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        MemoryError,
-        OverflowError,
-        UnicodeError,
-    ) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PrefixFileError(f"{path}: not a readable safetensors file ({first_line}); fetch it again") from error
+            if not 0 < len(names) <= MOST_TENSORS:
+                raise PrefixFileError(f"{path}: {len(names):,} tensors, allowed are 1 to {MOST_TENSORS:,}")
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    raise PrefixFileError(
+                        f"{path}: tensor name '{one_line(name, 60)}' is not allowed (letters, digits, '_' and '.')"
+                    )
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
+        reason = one_line(error) or type(error).__name__
+        raise PrefixFileError(f"{path}: not a readable safetensors file ({reason}); fetch it again") from error
+    for name, tensor in tensors.items():
+        if problem := problem_of(tensor):
+            raise PrefixFileError(f"{path}: tensor '{name}' {problem}")
+    return tensors
 
 
-def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
-    if not _NAME.fullmatch(name):
-        raise PrefixFileError(f"{path}: tensor name {name[:60]!r} is not allowed (letters, digits, '_' and '.')")
+def problem_of(tensor: Tensor) -> str | None:
+    """What forbids a tensor in a kept prefix, None if nothing does."""
     if tensor.dtype not in _DTYPES:
-        raise PrefixFileError(f"{path}: tensor '{name}' is {tensor.dtype}, allowed are float32, bfloat16, float16")
-    if tensor.numel() == 0:
-        raise PrefixFileError(f"{path}: tensor '{name}' is empty, shape {tuple(tensor.shape)}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise PrefixFileError(f"{path}: tensor '{name}' holds NaN or infinity; the prefix is broken, train it again")
-    return tensor
+        return f"is {tensor.dtype}, allowed are float32, bfloat16, float16"
+    if tensor.numel() == 0 or tensor.ndim > _MOST_AXES:
+        shape = one_line(tuple(tensor.shape), 60)
+        return f"has shape {shape}, allowed are 1 to {_MOST_AXES} axes and no empty one"
+    # Smallest and largest tell it (NaN spreads to both) without a second tensor of this size.
+    if not all(math.isfinite(float(extreme)) for extreme in tensor.aminmax()):
+        return "holds NaN or infinity: the prefix is broken, train it again"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_header(path: Path) -> None:
+    """What safetensors would only find out late, or not at all (of a name that occurs twice it takes one)."""
+    if not path.is_file():
+        raise PrefixFileError(f"{path}: no such file")
+    num_bytes = path.stat().st_size
+    if num_bytes > MOST_BYTES:
+        raise PrefixFileError(f"{path}: {num_bytes:,} bytes, more than the {MOST_BYTES:,} a prefix may have")
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MOST_HEADER_BYTES:
+            raise PrefixFileError(
+                f"{path}: its header claims {header_bytes:,} bytes, allowed are {MOST_HEADER_BYTES:,}; fetch it again"
+            )
+        strict_json.parse(file.read(header_bytes))

@@ -14,6 +14,7 @@ import typer
 from antefix.cli.bank import bank_app
 from antefix.cli.base import base_app
 from antefix.cli.demo import demo
+from antefix.cli.eval import evaluate
 from antefix.cli.generate import generate
 from antefix.cli.init import init
 from antefix.cli.train import train
@@ -32,6 +33,7 @@ app.command("demo")(demo)
 app.command("init")(init)
 app.command("train")(train)
 app.command("generate")(generate)
+app.command("eval")(evaluate)
 app.add_typer(base_app, name="base")
 app.add_typer(bank_app, name="bank")
 
