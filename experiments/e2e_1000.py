@@ -4,7 +4,8 @@
 
 Runs Antefix's own commands in `experiments/work/e2e_1000` and writes figures, never texts, to
 `results/e2e_1000/`. Every finished piece is kept: the same command goes on after an interruption. The bare base
-gets the best of three written instructions, chosen by BLEU on the first dev sources.
+gets the best of three written instructions, chosen by BLEU on the first dev sources. It decodes greedily, which is
+five times faster; what beams of 5 would change is measured on the same dev sources.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ WORK = HERE / "work" / "e2e_1000"
 RESULTS = HERE.parent / "results" / "e2e_1000"
 RECIPE = HERE.parent / "recipes" / "e2e_1000.toml"
 BASE = "smollm2-135m"
-DEV_SOURCES = 60
+DEV_SOURCES = 32
 INSTRUCTIONS = (
     "Describe this restaurant in one or two sentences, using all of these facts and nothing else:\n",
     "Write one fluent English sentence for a restaurant guide that says exactly the following.\n",
@@ -44,15 +45,15 @@ def main() -> None:
     keep("prefix", prefix_texts(prefix, test), test)
     keep_card(prefix)
 
-    dev_scores = {}
-    for number, instruction in enumerate(INSTRUCTIONS):
-        texts = bare_texts(f"bare_dev_{number}.jsonl", instruction, dev, DEV_SOURCES)
-        dev_scores[instruction] = antefix_json(
-            "eval", "--references", dev, "--limit", str(DEV_SOURCES), "--hypotheses", str(texts), "--metrics", "bleu"
-        )["scores"]["bleu"]
-    best = max(dev_scores, key=dev_scores.__getitem__)
-    write("instructions", {"dev_sources": DEV_SOURCES, "dev_bleu": dev_scores, "best": best})
-    keep("bare", bare_texts("bare_test.jsonl", best, test, None), test)
+    dev_bleu = {
+        instruction: bare_dev_bleu(f"bare_dev_{number}.jsonl", instruction, dev)
+        for number, instruction in enumerate(INSTRUCTIONS)
+    }
+    best = max(dev_bleu, key=dev_bleu.__getitem__)
+    with_beams = bare_dev_bleu("bare_dev_beams.jsonl", best, dev, num_beams=5)
+    tried = {"dev_sources": DEV_SOURCES, "dev_bleu": dev_bleu, "best": best, "best_with_beams_of_5": with_beams}
+    write("instructions", tried)
+    keep("bare", bare_texts("bare_test.jsonl", best, test), test)
 
 
 def prefix_texts(prefix: Path, test: str) -> Path:
@@ -63,12 +64,20 @@ def prefix_texts(prefix: Path, test: str) -> Path:
     return texts
 
 
-def bare_texts(name: str, instruction: str, data: str, limit: int | None) -> Path:
-    """The bare base with its chat template and the same decoding."""
+def bare_dev_bleu(name: str, instruction: str, dev: str, num_beams: int = 1) -> float:
+    texts = bare_texts(name, instruction, dev, num_beams, DEV_SOURCES)
+    found = antefix_json(
+        "eval", "--references", dev, "--limit", str(DEV_SOURCES), "--hypotheses", str(texts), "--metrics", "bleu"
+    )
+    return float(found["scores"]["bleu"])
+
+
+def bare_texts(name: str, instruction: str, data: str, num_beams: int = 1, limit: int | None = None) -> Path:
+    """The bare base with its chat template."""
     texts = WORK / name
     if not texts.exists():
         antefix(
-            "generate", "--base", BASE, "--input", data, "--output", str(texts), "--set", "num_beams=5",
+            "generate", "--base", BASE, "--input", data, "--output", str(texts), "--set", f"num_beams={num_beams}",
             "--text", "chat=true", "--text", f"instruction={json.dumps(instruction)}",
             *(() if limit is None else ("--limit", str(limit))),
         )  # fmt: skip

@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import tiny_base
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import antefix
@@ -38,7 +41,9 @@ def is_run(marker: str, language: str, content: str) -> bool:
 
 
 EXECUTED = [
-    page for page in PAGES if page.name != "commands.md" and any(is_run(m, l, c) for m, _, l, c in blocks(page))
+    page
+    for page in PAGES
+    if page.name != "commands.md" and any(is_run(marker, word, text) for marker, _, word, text in blocks(page))
 ]
 
 
@@ -84,11 +89,11 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> Non
 
 
 def test_the_command_page_is_what_the_commands_say() -> None:
-    import subprocess
-    import sys
-
     made = subprocess.run(
-        [Path(sys.executable).with_name("typer"), "antefix.cli", "utils", "docs", "--name", "antefix", "--title", "Commands"],
+        [
+            Path(sys.executable).with_name("typer"),
+            *("antefix.cli", "utils", "docs", "--name", "antefix", "--title", "Commands"),
+        ],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8").strip() == made.strip(), "run `make docs`"
@@ -96,8 +101,6 @@ def test_the_command_page_is_what_the_commands_say() -> None:
 
 def test_every_command_is_in_the_guide_or_a_page_and_has_an_example() -> None:
     pages = "".join(p.read_text(encoding="utf-8") for p in PAGES if p.name != "commands.md")
-    from typer.main import get_command
-
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
         for word, sub in getattr(command, "commands", {"": command}).items():
             words = f"antefix {name} {word}".strip()

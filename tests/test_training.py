@@ -22,7 +22,7 @@ from antefix.errors import DataError, RecipeError, TrainingError
 from antefix.prefix import Prefix
 from antefix.training.journal import LOG_FILE, read_log
 from antefix.training.loop import StepReport, batch_form
-from antefix.training.recipe import DataRecipe, TrainingRecipe
+from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import Prepared, prepare, run, train
 
 GENERATIVE = tuple(name for name in ARCHITECTURES if name not in ("bert", "roberta"))
@@ -39,14 +39,18 @@ def examples(count: int = 6) -> list[Example]:
 
 
 def prepared(base: Base, **training: object) -> Prepared:
-    recipe = TrainingRecipe.model_validate(
-        {"max_steps": 6, "pairs_per_step": 4, "targets_per_row": 2, "evaluations": 2, "tokens_per_batch": 120}
-        | training
-    )
+    short = {"max_steps": 6, "pairs_per_step": 4, "targets_per_row": 2, "evaluations": 2, "tokens_per_batch": 120}
     return prepare(
-        base, examples(), examples(2), method="prefix_tuning", config={"num_virtual_tokens": 3, "initial_text": "say it"},
-        text_format=None, decoding=None, training=recipe, limits=DataRecipe(train=""), data_name="inns",
-    )  # fmt: skip
+        base,
+        examples(),
+        examples(2),
+        method="prefix_tuning",
+        config={"num_virtual_tokens": 3, "initial_text": "say it"},
+        text_format=None,
+        decoding=None,
+        training=TrainingRecipe.model_validate(short | training),
+        data_name="inns",
+    )
 
 
 def weights(base: Base) -> dict[str, torch.Tensor]:
@@ -94,11 +98,15 @@ def test_a_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config: dict[str, object]) -> None:
     def ready() -> Prepared:
         return prepare(
-            tiny_base("llama"), examples(), examples(2), method="prefix_tuning",
-            config={"num_virtual_tokens": 3, **config}, text_format=None, decoding=None,
-            training=TrainingRecipe(max_steps=9, pairs_per_step=5, evaluations=3), limits=DataRecipe(train=""),
-            data_name="inns",
-        )  # fmt: skip
+            tiny_base("llama"),
+            examples(),
+            examples(2),
+            method="prefix_tuning",
+            config={"num_virtual_tokens": 3, **config},
+            text_format=None,
+            decoding=None,
+            training=TrainingRecipe(max_steps=9, pairs_per_step=5, evaluations=3),
+        )
 
     whole = run(ready(), tmp_path / "whole")
     for stop_after in (1, 4, 5):

@@ -6,10 +6,12 @@ prefixes. The weights are frozen and the model is in eval mode from here on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import (
@@ -21,9 +23,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from antefix import embedded
-from antefix.errors import BaseModelError
+from antefix.errors import BaseModelError, nearest
 from antefix.fingerprint import fingerprint
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -57,6 +60,8 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
     Raises BaseModelError when nothing of that name can be loaded. `auto` keeps the precision of the file.
     """
     name = str(name)
+    if dtype not in get_args(Dtype):
+        raise BaseModelError(f"unknown dtype '{dtype}': {nearest(dtype, get_args(Dtype))}")
     source: dict[str, Any] = {"pretrained_model_name_or_path": name}
     if name == embedded.NAME:
         source["pretrained_model_name_or_path"] = str(embedded.folder())
@@ -69,17 +74,43 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
         source["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(**source)
-        model = _auto_class(config).from_pretrained(**source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        with _bars(shown=not Path(source["pretrained_model_name_or_path"]).is_dir()):
+            model = _auto_class(config).from_pretrained(
+                **source, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
             f"cannot load the base '{name}': {first_line} (give a folder, a .gguf file, a hub id or '{embedded.NAME}')"
         ) from error
+    tokenizer = _tokenizer(source, name)
     model.requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Base(model.to(device).eval(), tokenizer, name, revision)
+
+
+def _tokenizer(source: dict[str, Any], name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseModelError(
+            f"the base '{name}' has no tokenizer that can be loaded: put the files of its tokenizer beside its weights "
+            "(tokenizer.save_pretrained)"
+        ) from error
+
+
+@contextmanager
+def _bars(*, shown: bool) -> Iterator[None]:
+    """transformers' progress bars: wanted for a download, noise for a folder that loads in a blink."""
+    before = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if before:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _auto_class(config: Any) -> Any:

@@ -50,7 +50,11 @@ class Decoding(BaseModel):
 
     def arguments(self) -> dict[str, Any]:
         """For `generate`; what has no effect is left out, since transformers warns of it."""
-        given = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": self.do_sample}
+        given: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": self.do_sample,
+        }
         if self.min_new_tokens:
             given["min_new_tokens"] = self.min_new_tokens
         if self.num_beams > 1:
@@ -138,7 +142,7 @@ def generate_each(
 
 def terminal_streamer(base: Base) -> BaseStreamer:
     """Prints a text word by word while it is written."""
-    return TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call, no-any-return]
+    return TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _plain(source: Example | Source) -> Source:

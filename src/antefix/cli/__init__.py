@@ -14,6 +14,7 @@ import typer
 from antefix.cli.bank import bank_app
 from antefix.cli.base import base_app
 from antefix.cli.demo import demo
+from antefix.cli.doctor import doctor
 from antefix.cli.eval import evaluate
 from antefix.cli.generate import generate
 from antefix.cli.init import init
@@ -31,6 +32,7 @@ app = typer.Typer(
 
 app.command("demo")(demo)
 app.command("init")(init)
+app.command("doctor")(doctor)
 app.command("train")(train)
 app.command("generate")(generate)
 app.command("eval")(evaluate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -13,7 +13,7 @@ from antefix.cli.output import Json, console, print_json
 from antefix.errors import GenerationError
 
 if TYPE_CHECKING:
-    from antefix.base import Base
+    from antefix.base import Base, Dtype
     from antefix.data import Example
     from antefix.data.linearise import TextFormat
     from antefix.generation import Decoding
@@ -75,10 +75,9 @@ def generate(
     examples, text_format = _sources(source, input_file, split, kept, text or [])
     examples = examples[:limit]
     options = override(dict(_default_decoding(kept, examples)), decoding or [])
-    chosen: Decoding = validated(Decoding, options, "decoding option ")
-    loaded = load_base(
-        base or kept.card.base.name, dtype=dtype, revision=None if kept is None else kept.card.base.revision
-    )  # type: ignore[union-attr, arg-type]
+    chosen = validated(Decoding, options, "decoding option ")
+    name, revision = (base, None) if kept is None else (base or kept.card.base.name, kept.card.base.revision)
+    loaded = load_base(name or "", dtype=cast("Dtype", dtype), revision=revision)
     with nullcontext() if kept is None else attached(loaded.model, kept):
         if input_file is None:
             _print_one(loaded, examples, text_format, chosen, as_json)

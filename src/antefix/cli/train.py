@@ -24,7 +24,9 @@ def train(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished run and start anew.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the kept prefix of this name.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a prefix as a recipe says, and keep it in its bank.

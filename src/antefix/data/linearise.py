@@ -8,50 +8,47 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import PreTrainedTokenizerBase
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from antefix.data.example import Chat, Message, Source, Table, Triples
 from antefix.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The names that the files of the paper's code give to E2E's fields.
 _E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
 
-def _table(source: Source, names: dict[str, str], colon: str) -> str:
-    if not isinstance(source, Table):
-        raise DataError(f"this text format writes tables, the source is {_kind_of(source)}: set data.text.linearise")
-    return " | ".join(f"{names.get(field, field)}{colon}{value}" for field, value in source.fields)
+@dataclass(frozen=True, slots=True)
+class Linearisation:
+    """How sources of one kind are written as text."""
+
+    kind: type
+    write: Callable[[Any], str]
 
 
-def _triples(source: Source) -> tuple[tuple[str, str, str], ...]:
-    if not isinstance(source, Triples):
-        raise DataError(f"this text format writes triples, the source is {_kind_of(source)}: set data.text.linearise")
-    return source.triples
+def _fields(table: Table, names: Mapping[str, str], colon: str) -> str:
+    return " | ".join(f"{names.get(field, field)}{colon}{value}" for field, value in table.fields)
 
 
-def _plain(source: Source) -> str:
-    if not isinstance(source, str):
-        raise DataError(
-            f"this text format writes plain text, the source is {_kind_of(source)}: set data.text.linearise"
-        )
-    return source
-
-
-LINEARISATIONS: dict[str, Callable[[Source], str]] = {
+LINEARISATIONS: dict[str, Linearisation] = {
     # The paper's three, letter by letter as its code writes them.
-    "e2e": lambda s: _table(s, _E2E_NAMES, " : "),
-    "webnlg": lambda s: "".join(f" | {a} : {r} : {b}" for a, r, b in _triples(s)),
-    "dart": lambda s: " | ".join(f"{a} : {r.lower()} : {b}" for a, r, b in _triples(s)),
+    "e2e": Linearisation(Table, lambda s: _fields(s, _E2E_NAMES, " : ")),
+    "webnlg": Linearisation(Triples, lambda s: "".join(f" | {a} : {r} : {b}" for a, r, b in s.triples)),
+    "dart": Linearisation(Triples, lambda s: " | ".join(f"{a} : {r.lower()} : {b}" for a, r, b in s.triples)),
     # Ours.
-    "table": lambda s: _table(s, {}, ": "),
-    "triples": lambda s: " | ".join(f"{a} : {r} : {b}" for a, r, b in _triples(s)),
-    "plain": _plain,
+    "table": Linearisation(Table, lambda s: _fields(s, {}, ": ")),
+    "triples": Linearisation(Triples, lambda s: " | ".join(f"{a} : {r} : {b}" for a, r, b in s.triples)),
+    "plain": Linearisation(str, str),
 }
 """Name -> how a source is written. The card keeps the name, so what it means must never change."""
+
+_KINDS = {str: "plain text", Table: "tables", Triples: "triples", Chat: "conversations"}
 
 
 class TextFormat(BaseModel):
@@ -73,10 +70,12 @@ class TextFormat(BaseModel):
     """One token; None: the tokenizer's own end of text."""
     chat: bool = False
     """Wrap the source in the tokenizer's chat template, as the user's turn."""
+    max_source_tokens: int | None = Field(default=None, ge=1)
+    """Cut the end off a longer source; its separator, or its chat template, stays. None: nothing is cut."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For a card: what differs from the defaults, and the linearisation's name."""
-        return {"linearise": self.linearise} | self.model_dump(exclude_defaults=True)
+        """For a card: everything, so that a later default cannot change what a kept prefix was trained with."""
+        return self.model_dump()
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TextFormat:
@@ -97,12 +96,12 @@ class TextFormat(BaseModel):
         """The source as text, without separator. Raises DataError if this format cannot write it."""
         if isinstance(source, Chat):
             raise DataError("the source is a conversation: set data.text.chat = true")
-        return self.instruction + self.before_source + LINEARISATIONS[self.linearise](source)
+        return self.instruction + self.before_source + self._written(source)
 
     def encode_source(
         self, tokenizer: PreTrainedTokenizerBase, source: Source, *, for_encoder: bool = False
     ) -> list[int]:
-        """Token ids of a source and its separator.
+        """Token ids of a source and its separator, `max_source_tokens` at most.
 
         A tokenizer that starts every text with a token of its own (Llama 2) does so here; for an encoder the
         text gets all of the tokenizer's special tokens and no separator.
@@ -111,12 +110,17 @@ class TextFormat(BaseModel):
             return self._encode_chat(tokenizer, source)
         text = self.source_text(source)
         if for_encoder:
-            return _ids(tokenizer, text, special=True)
-        ids = _ids(tokenizer, text + self.separator)
+            return self._encode_for_encoder(tokenizer, text)
         opening = _ids(tokenizer, "", special=True)
-        if opening and opening[0] == tokenizer.bos_token_id:
-            ids = [opening[0], *ids]
-        return ids
+        start = opening[:1] if opening and opening[0] == tokenizer.bos_token_id else []
+        ids = start + _ids(tokenizer, text + self.separator)
+        if self.max_source_tokens is None or len(ids) <= self.max_source_tokens:
+            return ids
+        end = _ids(tokenizer, self.separator)
+        room = self.max_source_tokens - len(start) - len(end)
+        if room < 1:
+            raise DataError(f"max_source_tokens = {self.max_source_tokens} leaves no room beside the separator")
+        return start + _ids(tokenizer, text)[:room] + end
 
     def encode_target(self, tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
         """Token ids of a target and its end token."""
@@ -134,28 +138,50 @@ class TextFormat(BaseModel):
             raise DataError(f"end_token {self.end_token!r} is {len(ids)} tokens for this tokenizer, it must be one")
         return ids[0]
 
+    def _encode_for_encoder(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        if self.max_source_tokens is None:
+            return _ids(tokenizer, text, special=True)
+        return list(tokenizer(text, truncation=True, max_length=self.max_source_tokens)["input_ids"])
+
     def _encode_chat(self, tokenizer: PreTrainedTokenizerBase, source: Source) -> list[int]:
         if tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template: set data.text.chat = false, or take a chat model")
-        if isinstance(source, Chat):
-            messages = source.messages
-        else:
-            messages = (Message("user", self.source_text(source)),)
+        messages = source.messages if isinstance(source, Chat) else (Message("user", self._written(source)),)
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        return list(ids)  # type: ignore[arg-type]
+        opening = next((t for t in turns if t["role"] == "user"), turns[0])
+        opening["content"] = self.instruction + self.before_source + opening["content"]
+        ids = _templated(tokenizer, turns)
+        while self.max_source_tokens is not None and len(ids) > self.max_source_tokens:
+            # The longest turn is cut, so that the template around it stays whole.
+            longest = max(turns, key=lambda turn: len(turn["content"]))
+            kept = _ids(tokenizer, longest["content"])[: self.max_source_tokens - len(ids)]
+            if not kept:
+                raise DataError(f"max_source_tokens = {self.max_source_tokens} leaves no room in the chat template")
+            num_chars = len(str(tokenizer.decode(kept)).rstrip("\ufffd"))
+            longest["content"] = longest["content"][: min(num_chars, len(longest["content"]) - 1)]
+            ids = _templated(tokenizer, turns)
+        return ids
+
+    def _written(self, source: Source) -> str:
+        linearisation = LINEARISATIONS[self.linearise]
+        if not isinstance(source, linearisation.kind):
+            raise DataError(
+                f"the linearisation '{self.linearise}' writes {_KINDS[linearisation.kind]}, the data holds "
+                f"{_KINDS[type(source)]}: set data.text.linearise"
+            )
+        return linearisation.write(source)
 
 
-PAPER = TextFormat(before_source=" ", separator=" <|endoftext|> ", after_target=" ")
-"""GPT-2 in the paper's code: `' {source} {bos} '` and `'{target} {eos}'`, with its bos = eos; add a linearisation."""
+PAPER = TextFormat(before_source=" ", separator=" <|endoftext|>", before_target=" ", after_target=" ")
+"""GPT-2 in the paper's code: `' {source} {bos}'` and `' {target} {eos}'`, with its bos = eos; add a linearisation."""
 
 
 def default_format(sources: Sequence[Source]) -> TextFormat:
-    """The format that fits the first source."""
+    """The format that fits these sources, which are of one kind."""
     first = sources[0] if sources else ""
     if isinstance(first, Table):
-        is_e2e = any(field in _E2E_NAMES for field, _ in first.fields)
-        return TextFormat(linearise="e2e" if is_e2e else "table")
+        fields = {field for source in sources if isinstance(source, Table) for field, _ in source.fields}
+        return TextFormat(linearise="e2e" if fields & _E2E_NAMES.keys() else "table")
     if isinstance(first, Triples):
         return TextFormat(linearise="triples")
     return TextFormat(chat=isinstance(first, Chat))
@@ -171,57 +197,73 @@ def parse_table(text: str) -> Table | None:
         match = _MEANING_FIELD.match(text, position)
         if match is None:
             return None
-        fields.append((match[1].strip(), match[2].strip()))
+        fields.append((match[1], match[2]))
         position = match.end()
-    return Table(tuple(fields)) if fields else None
+    return _table_of(fields)
 
 
 def parse_source(text: str, text_format: TextFormat) -> Source:
-    """A source as a person types it: E2E's notation, `field: value | field: value`, a JSON object, or plain text.
+    """A source as a person types it, of the kind the format writes.
 
-    Raises DataError if the format writes tables or triples and the text is neither.
+    A table: E2E's notation, `field: value | field: value`, or a JSON object. Triples:
+    `subject : relation : object | ...`, or a JSON list. Else the text itself. Raises DataError if it is empty, or
+    none of these.
     """
     text = text.strip()
     if not text:
         raise DataError("the source is empty")
     if text_format.linearise == "plain":
         return text
-    if text_format.linearise in ("e2e", "table"):
-        table = parse_table(text) or _json_table(text) or _piped_table(text)
-        if table is None:
-            raise DataError(
-                f"'{text[:60]}' is no table: write name[The Eagle], food[French] or name: The Eagle | food: French"
-            )
-        return table
-    triples = [tuple(part.strip() for part in triple.split(":", 2)) for triple in text.split("|") if triple.strip()]
-    if any(len(t) != 3 for t in triples):
-        raise DataError(
-            f"'{text[:60]}' holds no triples: write subject : relation : object | subject : relation : object"
-        )
-    return Triples(tuple((a, r, b) for a, r, b in triples))
+    source: Source | None
+    if LINEARISATIONS[text_format.linearise].kind is Table:
+        source = parse_table(text) or _table_of(_json(text) or _piped(text, num_parts=2))
+        shown = "table: write name[The Eagle], food[French] or name: The Eagle | food: French"
+    else:
+        source = _triples_of(_json(text) or _piped(text, num_parts=3))
+        shown = "list of triples: write subject : relation : object | subject : relation : object"
+    if source is None:
+        raise DataError(f"'{text[:60]}' is no {shown}")
+    return source
 
 
-def _json_table(text: str) -> Table | None:
+def _piped(text: str, *, num_parts: int) -> list[list[str]] | None:
+    """`a : b | a : b`, each with so many parts; None if it is something else."""
+    pieces = [[part.strip() for part in piece.split(":", num_parts - 1)] for piece in text.split("|") if piece.strip()]
+    return pieces if all(len(piece) == num_parts and all(piece) for piece in pieces) else None
+
+
+def _json(text: str) -> Any:
     if text[0] not in "{[":
         return None
     try:
-        content = json.loads(text)
-        pairs = content.items() if isinstance(content, dict) else content
-        return Table(tuple((str(field), str(value)) for field, value in pairs))
-    except (ValueError, TypeError):
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return None
 
 
-def _piped_table(text: str) -> Table | None:
-    pairs = [part.partition(":") for part in text.split("|")]
-    if not all(colon and field.strip() for field, colon, _ in pairs):
+def _table_of(content: Any) -> Table | None:
+    try:
+        return Table.of(content)
+    except DataError:
         return None
-    return Table(tuple((field.strip(), value.strip()) for field, _, value in pairs))
+
+
+def _triples_of(content: Any) -> Triples | None:
+    try:
+        return Triples.of(content)
+    except DataError:
+        return None
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    except TemplateError as error:
+        raise DataError(f"the tokenizer's chat template refuses this conversation ({error})") from error
+    return list(ids)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
-
-
-def _kind_of(source: Source) -> str:
-    return {str: "plain text", Table: "a table", Triples: "triples", Chat: "a conversation"}[type(source)]

@@ -20,7 +20,7 @@ from antefix.pace import Pace
 from antefix.prefix import Prefix
 from antefix.training.journal import Journal
 from antefix.training.loop import StepReport
-from antefix.training.recipe import DataRecipe, TrainingRecipe
+from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import prepare, run
 
 TABLES = Path(__file__).with_name("tables.jsonl")
@@ -76,7 +76,7 @@ class Training:
         self._folder = run_folder
         self._prepared = prepare(
             base, tables("train"), tables("dev"), method="prefix_tuning", config=dict(CONFIG), text_format=AFTER,
-            decoding=DECODING, training=TRAINING, limits=DataRecipe(train="demo"), data_name="antefix demo tables",
+            decoding=DECODING, training=TRAINING, data_name="antefix demo tables",
         )  # fmt: skip
         self.num_steps = self._prepared.num_steps
         self.num_pairs = self._prepared.train_set.num_pairs

@@ -22,17 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from antefix.attach import attached
-from antefix.data.batch import (
-    Batch,
-    Encoded,
-    Unit,
-    all_units,
-    encoder_decoder_batch,
-    microbatches,
-    packed_batch,
-    padded_batch,
-    steps,
-)
+from antefix.data.batch import Batch, encoder_decoder_batch, packed_batch, padded_batch
+from antefix.data.encode import Encoded
+from antefix.data.plan import Unit, all_units, microbatches, steps
 from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
 from antefix.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint

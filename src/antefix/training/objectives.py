@@ -54,7 +54,8 @@ def _head_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         return (args[0].reshape(-1, args[0].shape[-1])[positions],)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    handle = head.register_forward_pre_hook(select)
     try:
         yield
     finally:

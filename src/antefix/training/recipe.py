@@ -123,7 +123,7 @@ class Recipe(_Section):
     @property
     def method_config(self) -> MethodConfig:
         """The method's choices, checked."""
-        return validated(method_class(self.method).Config, self.config, "config.")
+        return checked_config(self.method, self.config)
 
     @property
     def run_folder(self) -> Path:
@@ -139,6 +139,11 @@ class Recipe(_Section):
     def digest(self) -> str:
         """Tells one recipe from another."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+def checked_config(method: str, content: dict[str, Any]) -> MethodConfig:
+    """A method's choices. Raises RecipeError for an unknown method, key or value."""
+    return validated(method_class(method).Config, content, "config.")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -33,7 +33,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        model.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
         for module, mode in modes.items():
             module.training = mode
         for module, name, value in before:

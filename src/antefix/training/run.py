@@ -14,19 +14,19 @@ import torch
 
 from antefix.base import Base, load_base
 from antefix.data import read, sample_pairs, split_examples
-from antefix.data.batch import Encoded, Limits, encode
+from antefix.data.encode import Encoded, Limits, encode
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat, default_format
 from antefix.errors import TrainingError
 from antefix.generation import Decoding, default_decoding, generate
 from antefix.methods import method_class
-from antefix.methods.base import MethodModule
+from antefix.methods.base import MethodConfig, MethodModule
 from antefix.metrics import score
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import Journal
 from antefix.training.loop import Outcome, StepReport, planned_steps, train_loop
-from antefix.training.recipe import DataRecipe, Recipe, TrainingRecipe
+from antefix.training.recipe import Recipe, TrainingRecipe, checked_config
 
 Watch = Callable[[StepReport], None]
 
@@ -37,6 +37,7 @@ class Prepared:
 
     base: Base
     module: MethodModule
+    config: MethodConfig
     text_format: TextFormat
     decoding: Decoding
     training: TrainingRecipe
@@ -59,7 +60,7 @@ class Prepared:
         digest.update(data_hash(self.dev_examples).encode())
         for part in (self.training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}), self.base.fingerprint):
             digest.update(part.encode())
-        digest.update(repr((self.text_format, self.learning_rate, self.method, self.module.config)).encode())
+        digest.update(repr((self.text_format, self.learning_rate, self.method, self.config)).encode())
         return digest.hexdigest()[:16]
 
 
@@ -87,7 +88,7 @@ def train(
         examples, dev = split_examples(examples, 0.1, training.seed)
     prepared = prepare(
         base, examples, dev, method=method, config=config, text_format=text_format, decoding=decoding,
-        training=training, limits=DataRecipe(train=data_name), data_name=data_name,
+        training=training, data_name=data_name,
     )  # fmt: skip
     return run(prepared, None if run_folder is None else Path(run_folder), watch)
 
@@ -104,11 +105,14 @@ def prepare_recipe(recipe: Recipe) -> Prepared:
         train_examples = sample_pairs(train_examples, data.pairs, recipe.training.seed)
     if data.dev_pairs is not None and data.dev_pairs < sum(len(e.targets) for e in dev_examples):
         dev_examples = sample_pairs(dev_examples, data.dev_pairs, recipe.training.seed)
-    text_format = TextFormat.from_dict(default_format([e.source for e in train_examples]).to_dict() | data.text)
+    text = default_format([e.source for e in train_examples]).to_dict() | data.text
+    if data.max_source_tokens is not None:
+        text["max_source_tokens"] = data.max_source_tokens
     base = load_base(recipe.base, dtype=recipe.dtype, revision=recipe.base_revision)
     return prepare(
-        base, train_examples, dev_examples, method=recipe.method, config=recipe.config, text_format=text_format,
-        decoding=recipe.decoding, training=recipe.training, limits=data, data_name=data.train,
+        base, train_examples, dev_examples, method=recipe.method, config=recipe.config,
+        text_format=TextFormat.from_dict(text), decoding=recipe.decoding, training=recipe.training,
+        data_name=data.train, max_target_tokens=data.max_target_tokens,
     )  # fmt: skip
 
 
@@ -122,32 +126,44 @@ def prepare(
     text_format: TextFormat | None,
     decoding: Decoding | None,
     training: TrainingRecipe,
-    limits: DataRecipe,
-    data_name: str,
+    data_name: str = "",
+    max_target_tokens: int | None = None,
 ) -> Prepared:
-    """Build the prefix and encode the data."""
+    """Build the prefix and encode the data.
+
+    max_target_tokens: longer targets are cut, and counted; None: one that does not fit is an error.
+    """
     found = method_class(method)
-    checked = Recipe.model_construct(method=method, config=config).method_config
+    checked = checked_config(method, config)
     text_format = text_format or default_format([e.source for e in train_examples])
-    if limits.max_source_tokens is not None:
-        text_format = text_format.model_copy(update={"max_source_tokens": limits.max_source_tokens})
     torch.manual_seed(training.seed)
     module = found.build(base, checked)
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
-    fits = Limits(context=context, target=limits.max_target_tokens)
+    fits = Limits(context=context, target=max_target_tokens)
     for_encoder = bool(base.model.config.is_encoder_decoder)
     train_set, dev_set = (
         encode(e, text_format, base.tokenizer, fits, for_encoder=for_encoder) for e in (train_examples, dev_examples)
     )
     if train_set.num_pairs == 0:
-        raise TrainingError(f"{data_name or 'the training data'}: no example has a target; training needs targets")
+        raise TrainingError(
+            f"{data_name or 'the training data'}: no example has a target; name it with data.reader.target_column"
+        )
     return Prepared(
-        base=base, module=module, text_format=text_format, decoding=decoding or default_decoding(train_examples), training=training,
-        train_set=train_set, dev_set=dev_set, train_examples=train_examples, dev_examples=dev_examples,
-        learning_rate=training.learning_rate or found.default_learning_rate(checked), method=method,
+        base=base,
+        module=module,
+        config=checked,
+        text_format=text_format,
+        decoding=decoding or default_decoding(train_examples),
+        training=training,
+        train_set=train_set,
+        dev_set=dev_set,
+        train_examples=train_examples,
+        dev_examples=dev_examples,
+        learning_rate=training.learning_rate or found.default_learning_rate(checked),
+        method=method,
         data_name=data_name,
-    )  # fmt: skip
+    )
 
 
 def run(
@@ -241,7 +257,7 @@ def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: 
     base, training, progress = prepared.base, prepared.training, outcome.progress
     return Card(
         method=prepared.method,
-        config=prepared.module.config.model_dump(mode="json"),
+        config=prepared.config.model_dump(mode="json"),
         positions=prepared.module.positions,
         base=BaseRecord(name=base.name, revision=base.revision, fingerprint=base.fingerprint),
         text_format=prepared.text_format.to_dict(),

@@ -1,15 +1,24 @@
-"""Data files to examples. The table maps a format's name to its reader; adding one is a file and a line."""
+"""Data files to examples.
+
+Where rows come from (`lines`: files, `hub`: data sets) and what a row means (the table of readers) are two
+questions. A reader is a module with two functions: `examples(rows, **options)` and `columns(row, **options)`;
+adding one is a file, a line in the table and a line in `format_of`.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from antefix.data.example import Example, Source
-from antefix.data.readers.lines import MEMBER_SEPARATOR, csv_rows, json_rows, read_text, zip_members
+from antefix.data.readers.hub import PREFIX, hub_rows
+from antefix.data.readers.lines import file_rows
+from antefix.data.readers.rows import Row, Rows
 from antefix.errors import DataError, nearest
 
 READERS: dict[str, str] = {
@@ -17,63 +26,78 @@ READERS: dict[str, str] = {
     "triples": "antefix.data.readers.triples",
     "plain": "antefix.data.readers.plain",
     "chat": "antefix.data.readers.chat",
-    "hub": "antefix.data.readers.hub",
 }
 
 
-def read(source: str | Path, *, format: str | None = None, **options: Any) -> list[Example]:
-    """Every example of a file, `archive.zip::member.csv`, or hub data set (`hf:owner/name`).
+def read(source: str | Path, *, format: str | None = None, split: str | None = None, **options: Any) -> list[Example]:
+    """Every example of a file, of `archive.zip::member.csv`, or of a data set `hf:owner/name`.
 
     Rows with equal sources become one example with several targets, in the order of first appearance. format: a
-    name of `READERS`; None finds it by looking. Further options are the reader's (`split`, `target_column`, ...).
+    name of `READERS`; None finds it by the first row. split: the member of a zip, the rows whose column `split`
+    says so, or the data set's split; `FILE::SPLIT` says the same. Further options are the reader's
+    (`target_column`, ...).
 
     Raises DataError in one line naming file and line: a missing, empty or broken file, an unknown format, a
     missing key, an empty source or target.
     """
-    source = str(source)
-    format = format or detect(source, options.get("split"))
-    if format not in READERS:
-        raise DataError(f"unknown format '{format}': {nearest(format, READERS)}")
-    rows: Callable[..., Iterator[Example]] = import_module(READERS[format]).rows
-    known = set(inspect.signature(rows).parameters) - {"source"}
-    for option in options:
-        if option not in known:
-            raise DataError(f"the reader '{format}' has no option '{option}': {nearest(option, known)}")
-    examples = grouped(rows(source, **options))
-    if not examples:
+    rows = rows_of(str(source), split)
+    first = next(rows, None)
+    if first is None:
         raise DataError(f"{source}: the file has no rows")
+    module = reader(format or format_of(first[1]), options)
+    examples = _grouped(_alike(module.examples(chain([first], rows), **options)))
+    if not examples:
+        raise DataError(f"{source}: no row is left by {options}")
     return examples
 
 
-def grouped(rows: Iterable[Example]) -> list[Example]:
-    """Rows with equal sources joined into one example."""
-    joined: dict[Source, Example] = {}
-    for row in rows:
-        first = joined.get(row.source)
-        if first is None:
-            joined[row.source] = row
-        else:
-            joined[row.source] = Example(
-                source=first.source, targets=first.targets + row.targets, where=first.where, labels=first.labels
-            )
-    return list(joined.values())
+def rows_of(source: str, split: str | None = None) -> Rows:
+    """`(where, row)` of a file or a data set."""
+    return hub_rows(source, split) if source.startswith(PREFIX) else file_rows(source, split)
 
 
-def detect(source: str, split: str | None = None) -> str:
-    """The format of a file, by its first row."""
-    if source.startswith("hf:"):
-        return "hub"
-    path = Path(source.partition(MEMBER_SEPARATOR)[0])
-    if path.suffix == ".zip" and MEMBER_SEPARATOR not in source and split is None and path.is_file():
-        zip_members(path)
-    name, text = read_text(source, split)
-    inner = name.removesuffix(".gz")
-    if inner.endswith((".csv", ".tsv")):
-        columns = {c.lower() for _, row in csv_rows(name, text, "\t" if inner.endswith(".tsv") else ",") for c in row}
-        return "e2e" if "mr" in columns else "plain"
-    if not inner.endswith((".jsonl", ".json")):
-        raise DataError(f"{name}: unknown kind of file; known are .csv, .tsv, .jsonl (each also .gz) and .zip")
-    row = next((row for _, row in json_rows(name, text)), {})
+def format_of(row: Row) -> str:
+    """The reader for rows like this one, told by its columns."""
+    if "mr" in {column.lower() for column in row}:
+        return "e2e"
     if "triples" in row:
         return "triples"
     return "chat" if {"messages", "conversations", "instruction"} & set(row) else "plain"
+
+
+def reader(format: str, options: Iterable[str] = ()) -> ModuleType:
+    """A reader's module. Raises DataError for an unknown name or option, with the nearest known one."""
+    if format not in READERS:
+        raise DataError(f"unknown format '{format}': {nearest(format, READERS)}")
+    module = import_module(READERS[format])
+    known = [name for name in inspect.signature(module.examples).parameters if name != "rows"]
+    for option in options:
+        if option not in known:
+            raise DataError(f"the reader '{format}' has no option '{option}': {nearest(option, ['split', *known])}")
+    return module
+
+
+def _alike(rows: Iterator[Example]) -> Iterator[Example]:
+    """Refuses data in which some rows are of another kind than the first: a mistake that would train in silence."""
+    first: Example | None = None
+    for row in rows:
+        first = first or row
+        if bool(row.targets) != bool(first.targets):
+            have = ("a target", "none") if row.targets else ("no target", "one")
+            raise DataError(f"{row.where}: this row has {have[0]}, {first.where} has {have[1]}")
+        if type(row.source) is not type(first.source):
+            raise DataError(f"{row.where}: this row's source is of another kind than that of {first.where}")
+        yield row
+
+
+def _grouped(rows: Iterable[Example]) -> list[Example]:
+    """Rows with equal sources joined into one example."""
+    firsts: dict[Source, Example] = {}
+    targets: dict[Source, list[str]] = {}
+    for row in rows:
+        firsts.setdefault(row.source, row)
+        targets.setdefault(row.source, []).extend(row.targets)
+    return [
+        Example(source=source, targets=tuple(targets[source]), where=first.where, labels=first.labels)
+        for source, first in firsts.items()
+    ]

@@ -1,56 +1,53 @@
-"""Conversations as JSON lines, in the three shapes that are about.
+"""Conversations, in the three shapes that are about.
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}      OpenAI
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}          ShareGPT
     {"instruction": "Greet.", "input": "in French", "output": "Bonjour !"}                             Alpaca
 
-The last turn of the assistant is the target, the turns before it are the source.
+The assistant's last turn is the target, the turns before it are the source. A conversation that ends with the
+user, and an instruction without `output`, have no target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from antefix.data.example import Chat, Example, Message
-from antefix.data.readers.lines import json_rows, read_text, text_of
+from antefix.data.readers.rows import Columns, Row, Rows, list_of, text_of
 from antefix.errors import DataError
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+# Of each shape that has turns: where they are, and where a turn's role and text are.
+_TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 
 
-def rows(source: str, *, split: str | None = None) -> Iterator[Example]:
+def examples(rows: Rows) -> Iterator[Example]:
     """One example a row."""
-    name, text = read_text(source, split)
-    return examples(json_rows(name, text), name)
+    for where, row in rows:
+        yield _alpaca(row, where) if "instruction" in row else _conversation(row, where)
 
 
-def examples(numbered: Iterator[tuple[int, dict[str, Any]]], name: str) -> Iterator[Example]:
-    """Examples from numbered rows, wherever they came from."""
-    for line, row in numbered:
-        where = f"{name}, line {line}"
-        if "instruction" in row:
-            yield _alpaca(row, where)
-        else:
-            yield _turns(row, where)
+def columns(row: Row) -> Columns:
+    """The columns of the row's shape."""
+    if "instruction" in row:
+        return Columns(("instruction", "input"), "output" if "output" in row else None)
+    return Columns((_turns_column(row),), _turns_column(row))
 
 
-def _alpaca(row: dict[str, Any], where: str) -> Example:
+def _alpaca(row: Row, where: str) -> Example:
     request = text_of(row, "instruction", where)
-    if str(row.get("input") or "").strip():
+    if row.get("input") not in (None, ""):
         request += "\n\n" + text_of(row, "input", where)
-    return Example(source=Chat((Message("user", request),)), targets=(text_of(row, "output", where),), where=where)
+    targets = (text_of(row, "output", where),) if "output" in row else ()
+    return Example(source=Chat((Message("user", request),)), targets=targets, where=where)
 
 
-def _turns(row: dict[str, Any], where: str) -> Example:
-    key, role_key, text_key = (
-        ("messages", "role", "content") if "messages" in row else ("conversations", "from", "value")
-    )
-    turns = row.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: no conversation; a row needs 'messages', 'conversations' or 'instruction'")
+def _conversation(row: Row, where: str) -> Example:
+    key = _turns_column(row)
+    role_key, text_key = _TURNS[key]
     messages = []
-    for turn in turns:
+    for turn in list_of(row, key, where):
         if not isinstance(turn, dict) or turn.get(role_key) not in _ROLES:
             raise DataError(f"{where}: a turn needs '{role_key}', one of {', '.join(_ROLES)}; this is {str(turn)[:60]}")
         role = cast(Literal["system", "user", "assistant"], _ROLES[turn[role_key]])
@@ -60,3 +57,7 @@ def _turns(row: dict[str, Any], where: str) -> Example:
     if len(messages) == 1:
         raise DataError(f"{where}: the conversation has an answer but no question")
     return Example(source=Chat(tuple(messages[:-1])), targets=(messages[-1].content,), where=where)
+
+
+def _turns_column(row: Row) -> str:
+    return "conversations" if "conversations" in row and "messages" not in row else "messages"

@@ -10,21 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from antefix.data.example import Example
+from antefix.data.example import Example, Table
 from antefix.data.linearise import parse_table
-from antefix.data.readers.lines import csv_rows, read_text, text_of
+from antefix.data.readers.rows import Columns, Row, Rows, text_of
 from antefix.errors import DataError
 
 
-def rows(source: str, *, split: str | None = None) -> Iterator[Example]:
+def examples(rows: Rows) -> Iterator[Example]:
     """One example a row; `read` joins those with equal meaning."""
-    name, text = read_text(source, split)
-    for line, row in csv_rows(name, text):
-        where = f"{name}, line {line}"
-        lowered = {key.lower(): value for key, value in row.items()}
+    tables: dict[str, Table | None] = {}  # a meaning has 8.6 texts: it is parsed once
+    for where, row in rows:
+        lowered = {column.lower(): value for column, value in row.items()}
         meaning = text_of(lowered, "mr", where)
-        table = parse_table(meaning)
+        if meaning not in tables:
+            tables[meaning] = parse_table(meaning)
+        table = tables[meaning]
         if table is None:
             raise DataError(f"{where}: '{meaning[:60]}' is no meaning like name[The Mill], food[French]")
         targets = (text_of(lowered, "ref", where),) if "ref" in lowered else ()
         yield Example(source=table, targets=targets, where=where)
+
+
+def columns(row: Row) -> Columns:
+    """The two columns, as this file writes them."""
+    spelt = {column.lower(): column for column in row}
+    return Columns((spelt["mr"],), spelt.get("ref"))

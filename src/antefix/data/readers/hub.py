@@ -1,42 +1,45 @@
-"""A data set of the Hugging Face hub, or a local copy of one: `hf:owner/name`, `hf:owner/name:config`, `hf:folder`.
+"""Rows of a Hugging Face data set: `hf:owner/name`, `hf:owner/name:config`, or a local folder as `hf:folder`.
 
-Rows take the same shapes as in plain and chat files. Needs the extra `data`.
+The split follows `::`, as in `hf:owner/name::validation`; it is `train` unless said otherwise. Needs the extra
+`data`. Knows nothing of what a row means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-from antefix.data.example import Example
-from antefix.data.readers import chat, plain
+from antefix.data.readers.lines import PART
+from antefix.data.readers.rows import Rows
 from antefix.errors import DataError
 
 PREFIX = "hf:"
 
 
-def rows(
-    source: str,
-    *,
-    split: str | None = None,
-    source_column: str | None = None,
-    target_column: str | None = None,
-    table_columns: Sequence[str] | None = None,
-) -> Iterator[Example]:
-    """One example a row; split: `train` unless said otherwise."""
+def hub_rows(source: str, split: str | None = None) -> Rows:
+    """`(where, row)` of one split. Raises DataError, in one line, where the data set cannot be loaded."""
+    whole, _, part = source.partition(PART)
+    if part and split not in (None, part):
+        raise DataError(f"{source}: two splits are asked for, '{part}' and '{split}'")
+    data = _load("load_dataset", whole, split=split or part or "train")
+    for number, row in enumerate(data, start=1):
+        yield f"{source}, row {number}", dict(row)
+
+
+def hub_splits(source: str) -> list[str]:
+    """The names of a data set's splits. Raises DataError as `hub_rows` does."""
+    return list(_load("get_dataset_split_names", source.partition(PART)[0]))
+
+
+def _load(function: str, source: str, **options: Any) -> Any:
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError as error:
         raise DataError(f"{source}: data sets of the hub need `pip install 'antefix[data]'`") from error
     name, _, config = source.removeprefix(PREFIX).partition(":")
+    if not name:
+        raise DataError(f"{source}: name a data set, as hf:owner/name or hf:folder")
     try:
-        data = load_dataset(name, config or None, split=split or "train")
+        return getattr(datasets, function)(name, config or None, **options)
     except Exception as error:  # the library raises whatever its back ends raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{source}: the data set cannot be loaded ({first_line})") from error
-    numbered: Iterator[tuple[int, dict[str, Any]]] = ((n, dict(row)) for n, row in enumerate(data, start=1))
-    if {"messages", "conversations", "instruction"} & set(data.column_names):
-        return chat.examples(numbered, source)
-    return plain.examples(
-        numbered, source, source_column=source_column, target_column=target_column, table_columns=table_columns
-    )
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{source}: the data set cannot be loaded ({reason})") from error

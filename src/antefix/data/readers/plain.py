@@ -1,4 +1,4 @@
-"""Plain JSON lines, csv and tsv.
+"""Rows of any names: a text or a table, and one or more targets.
 
     {"source": "Say hello in French.", "target": "Bonjour."}
     {"table": [["name", "Fern"], ["price", "4 €"]], "targets": ["Fern costs 4 €.", "For 4 €: Fern."]}
@@ -6,111 +6,78 @@
     name,price,text
     Fern,4 €,Fern costs 4 €.
 
-Without `source` or `table`, the columns other than the target form a table.
+The target is the first of `TARGET_COLUMNS` that the first row has, the source the first of `SOURCE_COLUMNS`;
+where there is no such source, all other columns form a table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from antefix.data.example import Example, Source, Table
-from antefix.data.readers.lines import csv_rows, json_rows, read_text, text_of
-from antefix.errors import DataError, nearest
+from antefix.data.readers.rows import Columns, Row, Rows, require, text_of, texts_of
+from antefix.errors import DataError
 
-TARGET_COLUMNS = ("target", "targets", "text", "ref", "reference", "output", "summary")
-_LABELS = ("split", "domain", "category", "id")
-
-
-def rows(
-    source: str,
-    *,
-    split: str | None = None,
-    source_column: str | None = None,
-    target_column: str | None = None,
-    table_columns: Sequence[str] | None = None,
-) -> Iterator[Example]:
-    """One example a row.
-
-    split: rows whose `split` column says otherwise are passed over (a zip's member is chosen by it instead).
-    table_columns: the columns that form the source, in this order.
-    """
-    name, text = read_text(source, split)
-    inner = name.removesuffix(".gz")
-    if inner.endswith((".csv", ".tsv")):
-        numbered: Iterator[tuple[int, dict[str, Any]]] = csv_rows(name, text, "\t" if inner.endswith(".tsv") else ",")
-    else:
-        numbered = json_rows(name, text)
-    yield from examples(
-        numbered,
-        name,
-        split=split,
-        source_column=source_column,
-        target_column=target_column,
-        table_columns=table_columns,
-    )
+TARGET_COLUMNS = (
+    "target", "targets", "ref", "reference", "references", "output", "summary", "summaries", "label", "text",
+)  # fmt: skip
+SOURCE_COLUMNS = ("source", "table", "input", "document", "article", "text")
+_NEVER_IN_A_TABLE = ("id", "idx", "split")
 
 
 def examples(
-    numbered: Iterator[tuple[int, dict[str, Any]]],
-    name: str,
+    rows: Rows,
     *,
-    split: str | None = None,
     source_column: str | None = None,
     target_column: str | None = None,
     table_columns: Sequence[str] | None = None,
 ) -> Iterator[Example]:
-    """Examples from numbered rows, wherever they came from."""
-    for line, row in numbered:
-        where = f"{name}, line {line}"
-        if split is not None and row.get("split", split) != split:
-            continue
-        target = target_column or next((c for c in TARGET_COLUMNS if c in row), None)
-        if target_column is not None and target_column not in row:
-            raise DataError(f"{where}: no column '{target_column}': {nearest(target_column, row)}")
+    """One example a row. table_columns: the columns that form the source, in this order.
+
+    What is neither source nor target becomes a label.
+    """
+    if source_column is not None and table_columns is not None:
+        raise DataError("source_column and table_columns exclude each other: a source is a text or a table")
+    for where, row in rows:
+        for named in (source_column, target_column, *(table_columns or ())):
+            if named is not None:
+                require(row, named, where)
+        chosen = columns(row, source_column=source_column, target_column=target_column, table_columns=table_columns)
+        used = {*chosen.source, chosen.target}
         yield Example(
-            source=_source(row, target, source_column, table_columns, where),
-            targets=_targets(row, target, where),
+            source=_source(row, chosen, where),
+            targets=() if chosen.target is None else texts_of(row, chosen.target, where),
             where=where,
-            labels={k: str(row[k]) for k in _LABELS if k in row},
+            labels={k: str(v) for k, v in row.items() if k not in used and isinstance(v, str | int | float)},
         )
 
 
-def _targets(row: dict[str, Any], target: str | None, where: str) -> tuple[str, ...]:
-    if target is None:
-        return ()
-    if not isinstance(row[target], list):
-        return (text_of(row, target, where),)
-    return tuple(text_of({target: t}, target, where) for t in row[target])
+def columns(
+    row: Row,
+    *,
+    source_column: str | None = None,
+    target_column: str | None = None,
+    table_columns: Sequence[str] | None = None,
+) -> Columns:
+    """Which columns are taken: those that are named, else those whose names are known; see above."""
+    others = [c for c in row if c not in _NEVER_IN_A_TABLE and c not in (source_column, *(table_columns or ()))]
+    target = target_column or next((c for c in TARGET_COLUMNS if c in others), None)
+    others = [c for c in others if c != target]
+    if table_columns is not None:
+        return Columns(tuple(table_columns), target, is_table=True)
+    source = source_column or next((c for c in SOURCE_COLUMNS if c in others), None)
+    if source is not None:
+        return Columns((source,), target)
+    if not others and target is not None and target_column is None:
+        return Columns((target,), None)  # a single column is a source
+    return Columns(tuple(others), target, is_table=True)
 
 
-def _source(
-    row: dict[str, Any], target: str | None, source_column: str | None, columns: Sequence[str] | None, where: str
-) -> Source:
-    if columns is not None:
-        missing = [c for c in columns if c not in row]
-        if missing:
-            raise DataError(f"{where}: no column '{missing[0]}': {nearest(missing[0], row)}")
-        return _as_table([(c, row[c]) for c in columns], where)
-    if source_column is not None or "source" in row:
-        return text_of(row, source_column or "source", where)
-    if "table" in row:
-        table = row["table"]
-        pairs = list(table.items()) if isinstance(table, dict) else table
-        if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-            raise DataError(f"{where}: 'table' must be an object or a list of [field, value] pairs")
-        return _as_table(pairs, where)
-    others = [(c, v) for c, v in row.items() if c != target and c not in _LABELS]
-    if target is None or not others:
-        raise DataError(
-            f"{where}: no 'source', 'table' or target column found; name them with target_column and source_column "
-            f"or table_columns (columns: {', '.join(row)})"
-        )
-    return _as_table(others, where)
-
-
-def _as_table(pairs: Sequence[Sequence[Any]], where: str) -> Table:
-    fields = tuple((str(f).strip(), str(v).strip()) for f, v in pairs if v is not None and str(v).strip())
-    if not fields:
-        raise DataError(f"{where}: every field of the table is empty")
-    return Table(fields)
+def _source(row: Row, chosen: Columns, where: str) -> Source:
+    content = {c: row[c] for c in chosen.source} if chosen.is_table else row[chosen.source[0]]
+    if not isinstance(content, dict | list):
+        return text_of(row, chosen.source[0], where)
+    try:
+        return Table.of(content)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error

@@ -3,46 +3,46 @@
     {"split": "train", "eid": "Id1", "category": "Food", "triples": ["Apple_pie | origin | Kent"],
      "lexs": [{"lid": "Id1", "comment": "good", "text": "Apple pie comes from Kent."}]}
 
-DART's rows have no category, and `source` instead of `comment`.
+DART's rows have no category, and `source` instead of `comment`. A row without `lexs` has no target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from antefix.data.example import Example, Triples
-from antefix.data.readers.lines import json_rows, read_text, text_of
+from antefix.data.readers.rows import Columns, Row, Rows, list_of, require, text_of
 from antefix.errors import DataError
 
-
-def rows(source: str, *, split: str | None = None, only_good: bool = False) -> Iterator[Example]:
-    """One example an entry. only_good: keep the texts whose comment is "good", as the paper's code trains."""
-    name, text = read_text(source, split)
-    for line, row in json_rows(name, text):
-        where = f"{name}, line {line}"
-        triples = tuple(_triple(t, where) for t in _list(row, "triples", where))
-        if not triples:
-            raise DataError(f"{where}: 'triples' is empty")
-        texts = [
-            text_of(lex, "text", where)
-            for lex in _list(row, "lexs", where)
-            # A few of DART's own texts are empty: no text to learn from or to score against.
-            if lex.get("text") != "" and (not only_good or lex.get("comment", "good") == "good")
-        ]
-        labels = {k: str(row[k]) for k in ("split", "eid", "category", "seen") if k in row}
-        yield Example(source=Triples(triples), targets=tuple(texts), where=where, labels=labels)
+_LABELS = ("split", "eid", "category", "seen")
 
 
-def _list(row: dict[str, Any], key: str, where: str) -> list[Any]:
-    value = row.get(key)
-    if not isinstance(value, list):
-        raise DataError(f"{where}: '{key}' must be a list")
-    return value
+def examples(rows: Rows, *, only_good: bool = False) -> Iterator[Example]:
+    """One example an entry. only_good: texts whose comment says otherwise are left out, as the paper's code trains;
+    an entry that has no other is left out too.
+    """
+    for where, row in rows:
+        require(row, "triples", where)
+        try:
+            triples = Triples.of(row["triples"])
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        texts = _texts(row, where, only_good) if "lexs" in row else ()
+        if texts or "lexs" not in row:
+            labels = {k: str(row[k]) for k in _LABELS if k in row}
+            yield Example(source=triples, targets=texts, where=where, labels=labels)
 
 
-def _triple(triple: Any, where: str) -> tuple[str, str, str]:
-    parts = triple.split(" | ") if isinstance(triple, str) else triple
-    if not isinstance(parts, list) or len(parts) != 3 or not all(isinstance(p, str) for p in parts):
-        raise DataError(f"{where}: {str(triple)[:60]!r} is no triple 'subject | relation | object'")
-    return parts[0], parts[1], parts[2]
+def columns(row: Row, *, only_good: bool = False) -> Columns:
+    """The two columns."""
+    return Columns(("triples",), "lexs" if "lexs" in row else None)
+
+
+def _texts(row: Row, where: str, only_good: bool) -> tuple[str, ...]:
+    entries = list_of(row, "lexs", where)
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(f"{where}: every entry of 'lexs' must be an object with a 'text'")
+    if len(entries) > 1:
+        # DART has an empty text beside good ones: nothing to learn from or to score against.
+        entries = [entry for entry in entries if entry.get("text") != ""] or entries
+    return tuple(text_of(e, "text", where) for e in entries if not only_good or e.get("comment", "good") == "good")

@@ -1,0 +1,102 @@
+"""Examples as token ids: sources and targets apart, what is too long cut and counted, or refused with its row.
+
+Knows the text format and the tokenizer, and nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from antefix.data.example import Example
+from antefix.data.linearise import TextFormat
+from antefix.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """Token ids of a source and of each of its targets (end token included)."""
+
+    source: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A data set as token ids, and what was cut."""
+
+    examples: tuple[EncodedExample, ...]
+    truncated_sources: int
+    truncated_targets: int
+    for_encoder: bool = False
+    """Whether the sources go into an encoder, and the targets alone into the decoder."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Source/target pairs."""
+        return sum(len(e.targets) for e in self.examples)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How many tokens fit."""
+
+    context: int | None
+    """Tokens the base has positions for, slots with shifted positions taken off; None: no limit known."""
+    target: int | None = None
+    """Cut longer targets to this many tokens, the end token with them; None: one that does not fit is an error."""
+
+
+def encode(
+    examples: Sequence[Example],
+    text_format: TextFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    *,
+    for_encoder: bool = False,
+) -> Encoded:
+    """Tokenise sources and targets apart.
+
+    A source is cut as the text format says. Raises DataError naming the row where the text format cannot write a
+    source, and where a pair does not fit into the context. What is cut is counted in the result, never silent.
+    """
+    whole = text_format.model_copy(update={"max_source_tokens": None})
+    encoded = []
+    cut_sources = cut_targets = 0
+    for example in examples:
+        try:
+            source = whole.encode_source(tokenizer, example.source, for_encoder=for_encoder)
+            if text_format.max_source_tokens is not None and len(source) > text_format.max_source_tokens:
+                source = text_format.encode_source(tokenizer, example.source, for_encoder=for_encoder)
+                cut_sources += 1
+        except DataError as error:
+            raise DataError(f"{_where(example)}: {error}") from error
+        if not source:
+            raise DataError(f"{_where(example)}: the source has no tokens: give it a separator (data.text.separator)")
+        targets = []
+        for text in example.targets:
+            target = text_format.encode_target(tokenizer, text)
+            if limits.target is not None and len(target) > limits.target:
+                target, cut_targets = target[: limits.target], cut_targets + 1
+            targets.append(tuple(target))
+        longest = max((len(t) for t in targets), default=0)
+        _check_fits(example, len(source), longest, limits.context, for_encoder)
+        encoded.append(EncodedExample(tuple(source), tuple(targets)))
+    return Encoded(tuple(encoded), cut_sources, cut_targets, for_encoder)
+
+
+def _check_fits(example: Example, source: int, target: int, context: int | None, for_encoder: bool) -> None:
+    needed = max(source, target) if for_encoder else source + target
+    if context is not None and needed > context:
+        raise DataError(
+            f"{_where(example)}: {source} source and {target} target tokens do not fit into the base's context of "
+            f"{context}; shorten it, or set data.max_source_tokens to have sources cut"
+        )
+
+
+def _where(example: Example) -> str:
+    return example.where or "an example"

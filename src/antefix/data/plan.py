@@ -1,0 +1,105 @@
+"""Which pairs make up an optimiser step, and which of them share a forward pass.
+
+A function of the seed and the step's number alone, so that a run can go on anywhere. Knows lengths, no tensors.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from antefix.data.encode import Encoded
+from antefix.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Some targets of one source, the piece that is shuffled and packed into one row."""
+
+    example: int
+    targets: tuple[int, ...]
+
+
+def steps(encoded: Encoded, *, pairs_per_step: int, targets_per_row: int, seed: int) -> Iterator[list[Unit]]:
+    """The units of every optimiser step, for ever: each holds exactly `pairs_per_step` pairs.
+
+    An epoch visits every pair once, in an order drawn from the seed and the epoch. Sources are mixed: at most
+    `targets_per_row` targets of one source stay together. A step may reach over the end of an epoch. Skipping
+    steps costs next to nothing. Raises DataError where no example has a target.
+    """
+    if encoded.num_pairs == 0:
+        raise DataError("no example has a target")
+    step: list[Unit] = []
+    room = pairs_per_step
+    epoch = 0
+    while True:
+        for unit in _shuffled_units(encoded, targets_per_row, f"{seed}-{epoch}"):
+            targets = unit.targets
+            while targets:
+                step.append(Unit(unit.example, targets[:room]))
+                taken = len(targets[:room])
+                room, targets = room - taken, targets[taken:]
+                if room == 0:
+                    yield step
+                    step, room = [], pairs_per_step
+        epoch += 1
+
+
+def _shuffled_units(encoded: Encoded, targets_per_row: int, seed: str) -> list[Unit]:
+    order = random.Random(seed)
+    units = []
+    for index, example in enumerate(encoded.examples):
+        targets = list(range(len(example.targets)))
+        order.shuffle(targets)
+        chunks = range(0, len(targets), targets_per_row)
+        units += [Unit(index, tuple(targets[i : i + targets_per_row])) for i in chunks]
+    order.shuffle(units)
+    return units
+
+
+def all_units(encoded: Encoded, targets_per_row: int) -> list[Unit]:
+    """Every pair once, in the order of the data: for a loss over a dev set."""
+    return [
+        Unit(index, tuple(range(start, min(start + targets_per_row, len(example.targets)))))
+        for index, example in enumerate(encoded.examples)
+        for start in range(0, len(example.targets), targets_per_row)
+    ]
+
+
+def microbatches(encoded: Encoded, units: Sequence[Unit], token_budget: int, *, packed: bool) -> list[list[Unit]]:
+    """Units sorted by length and cut into batches of at most `token_budget` tokens, padding included.
+
+    A row that is longer than the budget gives some of its targets to a row of their own; a single pair that is
+    longer is a batch by itself.
+    """
+    rows = [part for unit in units for part in _fitting(encoded, unit, token_budget if packed else 0)]
+    batches: list[list[Unit]] = []
+    for unit in sorted(rows, key=lambda row: _row_tokens(encoded, row)):
+        if batches and _batch_tokens(encoded, [*batches[-1], unit]) <= token_budget:
+            batches[-1].append(unit)
+        else:
+            batches.append([unit])
+    return batches
+
+
+def _fitting(encoded: Encoded, unit: Unit, token_budget: int) -> list[Unit]:
+    if len(unit.targets) == 1 or _batch_tokens(encoded, [unit]) <= token_budget:
+        return [unit]
+    half = len(unit.targets) // 2
+    halves = (Unit(unit.example, unit.targets[:half]), Unit(unit.example, unit.targets[half:]))
+    return [part for each in halves for part in _fitting(encoded, each, token_budget)]
+
+
+def _batch_tokens(encoded: Encoded, units: Sequence[Unit]) -> int:
+    """Tokens that a batch of these units feeds, padding included."""
+    if not encoded.for_encoder:
+        return len(units) * max(_row_tokens(encoded, u) for u in units)
+    examples = encoded.examples
+    targets = [len(examples[u.example].targets[t]) for u in units for t in u.targets]
+    return len(units) * max(len(examples[u.example].source) for u in units) + len(targets) * max(targets)
+
+
+def _row_tokens(encoded: Encoded, unit: Unit) -> int:
+    example = encoded.examples[unit.example]
+    return len(example.source) + sum(len(example.targets[t]) - 1 for t in unit.targets)
