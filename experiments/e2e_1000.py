@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import antefix
+
 HERE = Path(__file__).resolve().parent
 WORK = HERE / "work" / "e2e_1000"
 RESULTS = HERE.parent / "results" / "e2e_1000"
@@ -41,7 +43,7 @@ def main() -> None:
 
     prefix = WORK / "bank" / "e2e_1000"
     if not prefix.is_dir():
-        antefix("train", str(RECIPE), f"data.train={train}", f"data.dev={dev}")
+        command("train", str(RECIPE), f"data.train={train}", f"data.dev={dev}")
     keep("prefix", prefix_texts(prefix, test), test)
     keep_card(prefix)
 
@@ -60,15 +62,16 @@ def prefix_texts(prefix: Path, test: str) -> Path:
     """Beam 5, as the prefix's card says."""
     texts = WORK / "prefix_test.jsonl"
     if not texts.exists():
-        antefix("generate", "--prefix", str(prefix), "--input", test, "--output", str(texts))
+        command("generate", "--prefix", str(prefix), "--input", test, "--output", str(texts))
     return texts
 
 
 def bare_dev_bleu(name: str, instruction: str, dev: str, num_beams: int = 1) -> float:
     texts = bare_texts(name, instruction, dev, num_beams, DEV_SOURCES)
-    found = antefix_json(
-        "eval", "--references", dev, "--limit", str(DEV_SOURCES), "--hypotheses", str(texts), "--metrics", "bleu"
-    )
+    references = WORK / "dev_references.jsonl"
+    rows = (json.dumps({"references": e.targets}) + "\n" for e in antefix.read(dev)[:DEV_SOURCES])
+    references.write_text("".join(rows), encoding="utf-8")
+    found = command_json("eval", "--references", str(references), "--hypotheses", str(texts), "--metrics", "bleu")
     return float(found["scores"]["bleu"])
 
 
@@ -76,7 +79,7 @@ def bare_texts(name: str, instruction: str, data: str, num_beams: int = 1, limit
     """The bare base with its chat template."""
     texts = WORK / name
     if not texts.exists():
-        antefix(
+        command(
             "generate", "--base", BASE, "--input", data, "--output", str(texts), "--set", f"num_beams={num_beams}",
             "--text", "chat=true", "--text", f"instruction={json.dumps(instruction)}",
             *(() if limit is None else ("--limit", str(limit))),
@@ -88,7 +91,7 @@ def keep(name: str, texts: Path, references: str) -> None:
     """Score all five metrics and the fields, and keep the figures."""
     if (RESULTS / f"{name}.json").exists():
         return
-    found = antefix_json("eval", "--references", references, "--hypotheses", str(texts), "--fields")
+    found = command_json("eval", "--references", references, "--hypotheses", str(texts), "--fields")
     found.get("fields", {}).pop("texts", None)
     write(name, found | {"python": platform.python_version(), "machine": platform.machine()})
 
@@ -104,11 +107,11 @@ def write(name: str, content: dict[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def antefix(*words: str) -> None:
+def command(*words: str) -> None:
     subprocess.run(["antefix", *words], cwd=WORK, check=True)
 
 
-def antefix_json(*words: str) -> dict[str, Any]:
+def command_json(*words: str) -> dict[str, Any]:
     done = subprocess.run(["antefix", *words, "--json"], cwd=WORK, check=True, stdout=subprocess.PIPE, text=True)
     content: dict[str, Any] = json.loads(done.stdout)
     return content

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from antefix.base import Base
+from antefix.methods import METHODS, method_class
+from antefix.methods.base import MethodModule
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 """Real data that is not part of the repository; tests that need it are skipped where it is absent."""
@@ -24,10 +26,11 @@ VOCABULARY = 263
 CONTEXT = 512
 LAYERS, HEADS, GROUPS, WIDTH = 3, 6, 2, 8
 
-_COMMON: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=HEADS * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-    intermediate_size=56, max_position_embeddings=CONTEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": HEADS * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+    "intermediate_size": 56, "max_position_embeddings": CONTEXT,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 _GROUPED = {**_COMMON, "num_key_value_heads": GROUPS, "head_dim": WIDTH + 2}
 
 
@@ -117,13 +120,54 @@ def tiny_base(name: str, seed: int = 0) -> Base:
     return Base(model.requires_grad_(False), tiny_tokenizer(), f"tiny-{name}")
 
 
+def tiny_batch(name: str, padding: str = "none", rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:
+    """Random tokens for a model of this architecture, padded (`none`, `left`, `right`), positions counted.
+
+    The rows of an encoder-decoder are padded in its encoder.
+    """
+    draw = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=draw)
+    gaps = torch.arange(rows)[:, None] if padding != "none" else torch.zeros(rows, 1, dtype=torch.long)
+    places = torch.arange(length)
+    mask = (places >= gaps if padding == "left" else places < length - gaps).long()
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    if name in ENCODER_DECODER:
+        return {**batch, "decoder_input_ids": torch.randint(3, VOCABULARY, (rows, 4), generator=draw)}
+    if name != "roberta":  # it counts for itself, past padding
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return batch
+
+
+def is_output(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """True where the logits of a batch mean something: B, T."""
+    decoder_ids = batch.get("decoder_input_ids")
+    return batch["attention_mask"].bool() if decoder_ids is None else torch.ones_like(decoder_ids).bool()
+
+
+METHOD_CONFIGS: dict[str, dict[str, Any]] = {
+    "prefix_tuning": {"num_virtual_tokens": 5, "initial": "normal", "initial_scale": 1.0},
+}
+"""For every method of the table a config under which it matters from the start, on any tiny model."""
+
+
+def tiny_method(base: Base, method: str = "prefix_tuning", seed: int = 1, **config: Any) -> MethodModule:
+    """A random prefix under a method, trainable; `config` changes METHOD_CONFIGS."""
+    torch.manual_seed(seed)
+    found = method_class(method)
+    return found.build(base, found.Config.model_validate({**METHOD_CONFIGS[method], **config}))
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees, or writes into, the user's own folders."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    yield

@@ -15,7 +15,6 @@ Axes: N attached prefixes, B rows, P slots, G key/value heads, D width.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,17 +26,17 @@ from transformers import PreTrainedModel
 
 from antefix.attention.hook import HookedModel, put_slots
 from antefix.attention.partial import KeySet, Mask
-from antefix.errors import PrefixError
+from antefix.errors import BaseModelError, PrefixError
 from antefix.methods.base import MethodModule
 from antefix.parts.key_value import KeyValue
 from antefix.prefix import Prefix
-from antefix.sites import find_sites
+from antefix.sites import Site, find_sites
 
 BARE = -1
 """The row index of a row without a prefix."""
 
 _SUBMODULE = "antefix"
-_stacks: weakref.WeakKeyDictionary[nn.Module, list[Attachment]] = weakref.WeakKeyDictionary()
+_STACK_ATTRIBUTE = "antefix_attachments"
 
 
 def attach(
@@ -51,11 +50,16 @@ def attach(
     modules = [p.module(model) if isinstance(p, Prefix) else p for p in prefixes]
     attachment = Attachment(model, modules, prefixes)
     attachment.rows = rows
-    stack = _stacks.setdefault(model, [])
+    stack = _stack(model)
     if stack:
         stack[-1]._uninstall()
+    try:
+        attachment._install()
+    except BaseModelError:
+        if stack:
+            stack[-1]._install()
+        raise
     stack.append(attachment)
-    attachment._install()
     return attachment
 
 
@@ -73,8 +77,14 @@ def attached(
 
 def current_attachment(model: nn.Module) -> Attachment | None:
     """What is attached to a model right now."""
-    stack = _stacks.get(model)
+    stack: list[Attachment] = model.__dict__.get(_STACK_ATTRIBUTE, [])
     return stack[-1] if stack else None
+
+
+def _stack(model: nn.Module) -> list[Attachment]:
+    """What is attached to a model, the latest last. It lives in the model, so that it dies with it."""
+    stack: list[Attachment] = model.__dict__.setdefault(_STACK_ATTRIBUTE, [])
+    return stack
 
 
 class Attachment:
@@ -93,21 +103,33 @@ class Attachment:
         self._model = model
         self._modules = modules
         self._rows: Tensor | None = None
+        self._shared_index: int | None = 0 if len(modules) == 1 else None
         self._trainable = any(p.requires_grad for m in modules for p in m.parameters())
         self._shifts = [m.num_virtual_tokens if m.positions == "shifted" else 0 for m in modules]
         if any(self._shifts) and sites.positions == "none":
-            raise PrefixError("a prefix with shifted positions needs a base that takes position_ids")
+            raise PrefixError(
+                "a prefix with shifted positions needs a base that takes position_ids and counts them from 0"
+            )
+        # Learned positions end; an index beyond them is an error without a name, on a GPU a crash.
+        longest = getattr(model.config, "max_position_embeddings", None)
+        self._last_position = longest - 1 if longest and sites.positions == "absolute" else None
         self._live: list[dict[str, KeyValue]] | None = None
+        with torch.no_grad():
+            slots = self._made_slots()
+        for site in sites.attention:
+            for module_slots in slots:
+                _check_fits(site, module_slots.get(site.name))
         names = dict(model.named_modules())
         self._at_site = {
             names[site.module]: SiteStack(self, site.name)
             for site in sites.attention
-            if any(site.name in m.slots() for m in modules)
+            if any(site.name in module_slots for module_slots in slots)
         }
         self._hooked = HookedModel(model)
         self._undo_routing: list[tuple[Any, str]] = []
         self._handles: list[RemovableHandle] = []
-        self._depth = 0
+        # The module whose forward pass is the outermost one running, None between passes.
+        self._outermost: nn.Module | None = None
 
     @property
     def rows(self) -> Tensor | None:
@@ -120,36 +142,37 @@ class Attachment:
 
     @rows.setter
     def rows(self, rows: Sequence[int] | Tensor | None) -> None:
+        self._shared_index = 0 if rows is None and len(self._modules) == 1 else None
         if rows is not None:
             rows = torch.as_tensor(rows, dtype=torch.long, device=self._model.device).reshape(-1)
             if len(rows) == 0 or int(rows.min()) < BARE or int(rows.max()) >= len(self._modules):
-                raise PrefixError(
-                    f"rows must be indices from {BARE} (none) to {len(self._modules) - 1}, one a row; got {rows.tolist()}"
-                )
+                last = len(self._modules) - 1
+                raise PrefixError(f"rows must be indices from {BARE} (none) to {last}, one a row; got {rows.tolist()}")
+            if bool((rows == rows[0]).all()):
+                self._shared_index = int(rows[0])
         self._rows = rows
-        self._forget()
+        self._forget_gathered()
 
     def rows_of(self, num_rows: int) -> Tensor | int:
         """The index of every row of a batch, or one index if all rows share it."""
         if self._rows is None:
-            if len(self._modules) > 1:
+            if self._shared_index is None:
                 raise PrefixError(f"{len(self._modules)} prefixes are attached: say which row carries which (.rows)")
-            return 0
+            return self._shared_index
         if num_rows % len(self._rows):
             raise PrefixError(f"the batch has {num_rows} rows, attachment.rows has {len(self._rows)}")
-        first = int(self._rows[0])
-        if bool((self._rows == first).all()):
-            return first
+        if self._shared_index is not None:
+            return self._shared_index
         return self._rows.repeat_interleave(num_rows // len(self._rows))
 
     def slots_of(self, site: str) -> list[KeyValue | None]:
         """The slots every attached prefix has at a site."""
         if self._live is None:
-            live = [dict(m.slots()) for m in self._modules]
-            if self._depth == 0 and self._trainable:
-                return [slots.get(site) for slots in live]
-            self._live = live
+            self._live = self._made_slots()
         return [slots.get(site) for slots in self._live]
+
+    def _made_slots(self) -> list[dict[str, KeyValue]]:
+        return [dict(m.slots()) for m in self._modules]
 
     @property
     def longest_shift(self) -> int:
@@ -163,7 +186,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Take the prefixes off; what was attached before is at work again. Twice is once."""
-        stack = _stacks.get(self._model, [])
+        stack = _stack(self._model)
         if self not in stack:
             return
         stack[-1]._uninstall()
@@ -171,7 +194,7 @@ class Attachment:
         if stack:
             stack[-1]._install()
         else:
-            _stacks.pop(self._model, None)
+            del self._model.__dict__[_STACK_ATTRIBUTE]
 
     def _install(self) -> None:
         self._undo_routing = self._hooked.route()
@@ -196,22 +219,24 @@ class Attachment:
         if self._trainable:
             delattr(self._model, _SUBMODULE)
         self._hooked.restore(self._undo_routing)
-        self._depth = 0
-        self._forget()
+        self._outermost = None
+        self._live = None
+        self._forget_gathered()
 
-    def _forget(self) -> None:
-        if self._trainable:
-            self._live = None
-        for stack in self._at_site.values() if hasattr(self, "_at_site") else ():
+    def _forget_gathered(self) -> None:
+        for stack in self._at_site.values():
             stack.forget()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self._depth == 0:
-            self._forget()
-        self._depth += 1
+        # A module that is entered again was left by an interrupt, which calls no hook.
+        if self._outermost in (None, module):
+            self._outermost = module
+            # Made now, not at the first site: layers that recompute in the backward pass then find the same tensors.
+            self._live = self._made_slots()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth = max(0, self._depth - 1)
+        if self._outermost is module:
+            self._outermost = None
 
     def _shift_positions(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Tokens of a row with a shifted prefix stand P further on."""
@@ -225,7 +250,13 @@ class Attachment:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = _counted_positions(kwargs, length, ids.device)
-        return args, {**kwargs, "position_ids": positions + shift}
+        positions = positions + shift
+        if self._last_position is not None and (last := int(positions.max())) > self._last_position:
+            raise PrefixError(
+                f"a token would stand at position {last}, the base's last one is {self._last_position}: a prefix with "
+                f"shifted positions takes up to {self.longest_shift} of them; shorten the text"
+            )
+        return args, {**kwargs, "position_ids": positions}
 
 
 class SiteStack:
@@ -257,23 +288,40 @@ class SiteStack:
             slots = None if index == BARE else every[index]
             if slots is None:
                 return []
-            return [KeySet(*(t.to(device, dtype)[None] for t in slots))]
-        return [_stacked(every, index, dtype, device)]
+            key, value = (t.to(device, dtype)[None] for t in slots)
+            return [KeySet(key, value)]
+        return _stacked(every, index, dtype, device)
 
 
-def _stacked(every: list[KeyValue | None], index_B: Tensor, dtype: torch.dtype, device: torch.device) -> KeySet:
+def _stacked(every: list[KeyValue | None], index_B: Tensor, dtype: torch.dtype, device: torch.device) -> list[KeySet]:
     """Slots of different lengths side by side, row by row, with a mask over what a row does not have."""
-    some = next(s for s in every if s is not None)
-    longest = max(s.key_GPD.shape[1] for s in every if s is not None)
-    lengths_N = [0 if s is None else s.key_GPD.shape[1] for s in every] + [0]  # the last one serves index -1
-    stacked = []
-    for part in (0, 1):
-        rows_NGPD = [_padded(None if s is None else s[part], some[part], longest) for s in [*every, None]]
-        stacked.append(torch.stack(rows_NGPD).to(device, dtype)[index_B])
-    counts_B = torch.tensor(lengths_N, device=device)[index_B]
-    visible_B11P = (torch.arange(longest, device=device) < counts_B[:, None])[:, None, None]
-    mask = None if bool(visible_B11P.all()) else Mask.of(visible_B11P, dtype)
-    return KeySet(stacked[0], stacked[1], mask)
+    used_U, place_B = torch.unique(index_B, return_inverse=True)
+    slots_U = [None if n == BARE else every[n] for n in used_U.tolist()]
+    some = next((s for s in slots_U if s is not None), None)
+    if some is None:
+        return []
+    counts_U = torch.tensor([0 if s is None else s.key_GPD.shape[1] for s in slots_U], device=device)
+    longest = int(counts_U.max())
+    key, value = (
+        torch.stack([_padded(None if s is None else s[part], some[part], longest) for s in slots_U])
+        .to(device, dtype)[place_B]
+        for part in (0, 1)
+    )  # fmt: skip
+    visible_B11P = (torch.arange(longest, device=device) < counts_U[place_B][:, None])[:, None, None]
+    return [KeySet(key, value, None if bool(visible_B11P.all()) else Mask.of(visible_B11P, dtype))]
+
+
+def _check_fits(site: Site, slots: KeyValue | None) -> None:
+    """A module made for another base would fail deep inside, or worse, broadcast."""
+    if slots is None:
+        return
+    G, D, E = site.num_key_value_heads, site.key_width, site.value_width
+    (g, p, d), (g2, p2, e) = slots.key_GPD.shape, slots.value_GPE.shape
+    if (g, d, g2, p2, e) != (G, D, G, p, E):
+        raise PrefixError(
+            f"the prefix has slots for {g} key/value heads of width {d} at {site.name}, this base has {G} of width "
+            f"{D}: load the base it was trained on"
+        )
 
 
 def _padded(slots_GPD: Tensor | None, like_GPD: Tensor, longest: int) -> Tensor:

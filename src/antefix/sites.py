@@ -53,8 +53,9 @@ class Sites:
     hidden_size: int
     is_encoder_decoder: bool
     positions: PositionKind
-    """What moving all positions by a constant does: nothing (`relative`: rotary), something (`absolute`:
-    learned), or it cannot be asked for (`none`: the model takes no `position_ids`)."""
+    """What moving all positions by a constant does: it turns keys alone (`relative`: rotary), it changes what
+    enters the first layer (`absolute`: learned), or it cannot be asked for (`none`: the model takes no
+    `position_ids`, or does not count them from 0)."""
 
     def of_kinds(self, kinds: tuple[Kind, ...] | None = None) -> tuple[Site, ...]:
         """The sites of these kinds, in call order; all of them for None."""
@@ -81,6 +82,7 @@ def find_sites(model: nn.Module) -> Sites:
     return _found[model]
 
 
+@torch.no_grad()
 def record_text(
     model: PreTrainedModel, input_ids: Tensor, first_position: int | None = None
 ) -> list[tuple[Site, RecordedCall]]:
@@ -90,21 +92,25 @@ def record_text(
     None: as the model counts. An encoder-decoder model reads the text in its encoder and in its decoder.
     """
     sites = find_sites(model)
-    calls = _forward(model, input_ids, input_ids, first_position)
+    calls = _recorded(model, input_ids, input_ids, first_position)
     return list(zip(sites.attention, calls, strict=True))
 
 
+@torch.no_grad()
 def _look(model: PreTrainedModel) -> Sites:
-    device = next(model.parameters()).device
-    encoder_ids = torch.arange(_ENCODER_TOKENS, device=device)[None]
-    decoder_ids = torch.arange(_DECODER_TOKENS, device=device)[None]
-    calls = _forward(model, encoder_ids, decoder_ids, None)
+    encoder_ids, decoder_ids = (_some_ids(model, count) for count in (_ENCODER_TOKENS, _DECODER_TOKENS))
+    calls = _recorded(model, encoder_ids, decoder_ids, None)
     if not calls:
         raise BaseModelError(
             f"{type(model).__name__} cannot carry a prefix: none of its attention passes transformers' attention "
             "interface (AttentionInterface); use a model whose file calls ALL_ATTENTION_FUNCTIONS"
         )
     names = {module: name for name, module in model.named_modules()}
+    if len({call.module for call in calls}) < len(calls):
+        raise BaseModelError(
+            f"{type(model).__name__} cannot carry a prefix: its layers share attention modules, so that slots could "
+            "not tell them apart; use a model without shared layers"
+        )
     encoder_names = _encoder_prefix(model, names)
     counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
     found = []
@@ -124,33 +130,40 @@ def _look(model: PreTrainedModel) -> Sites:
         counts[kind] += 1
     return Sites(
         attention=tuple(found),
-        hidden_size=model.get_input_embeddings().weight.shape[1],
+        hidden_size=int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[index]
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
-        positions=_position_kind(model, decoder_ids),
+        positions=_position_kind(model, decoder_ids, calls),
     )
 
 
-def _forward(
+def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
+    """Tokens to look with; none of them padding, which some models count positions by."""
+    ids = [i for i in range(count + 1) if i != model.config.pad_token_id]
+    return torch.tensor([ids[:count]], device=model.device)
+
+
+def _recorded(
     model: PreTrainedModel, encoder_ids: Tensor, decoder_ids: Tensor, first_position: int | None
 ) -> list[RecordedCall]:
-    was_training = model.training
-    model.eval()
-    try:
-        with recording(model) as calls, torch.no_grad():
-            _run(model, encoder_ids, decoder_ids, first_position)
-    finally:
-        model.train(was_training)
-    return calls
-
-
-def _run(model: PreTrainedModel, encoder_ids: Tensor, decoder_ids: Tensor, first_position: int | None) -> Tensor:
+    inputs = {"input_ids": decoder_ids, "attention_mask": torch.ones_like(decoder_ids)}
     if model.config.is_encoder_decoder:
-        return model(input_ids=encoder_ids, decoder_input_ids=decoder_ids, use_cache=False)[0]  # type: ignore[no-any-return]
-    inputs: dict[str, Tensor] = {"input_ids": decoder_ids}
-    if first_position is not None:
+        inputs = {
+            "input_ids": encoder_ids,
+            "attention_mask": torch.ones_like(encoder_ids),
+            "decoder_input_ids": decoder_ids,
+        }
+    elif first_position is not None:
         length = decoder_ids.shape[1]
         inputs["position_ids"] = torch.arange(first_position, first_position + length, device=decoder_ids.device)[None]
-    return model(**inputs, use_cache=False)[0]  # type: ignore[no-any-return]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # type: ignore[no-untyped-call]
+    try:
+        with recording(model) as calls:
+            model(**inputs, use_cache=False)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return calls
 
 
 def _encoder_prefix(model: PreTrainedModel, names: dict[nn.Module, str]) -> str | None:
@@ -167,18 +180,19 @@ def _kind(model: PreTrainedModel, call: RecordedCall, name: str, encoder_prefix:
     return "self" if getattr(call.module, "is_causal", True) else "encoder_self"
 
 
-def _position_kind(model: PreTrainedModel, ids: Tensor) -> PositionKind:
-    """Asks the model itself: does moving every position by one change what it says?"""
+def _position_kind(model: PreTrainedModel, ids: Tensor, as_counted: list[RecordedCall]) -> PositionKind:
+    """Asks the model itself, in exact comparisons that hold in every precision.
+
+    Learned positions are added before the first layer, so they show in its values; rotary ones show in keys only.
+    """
     if model.config.is_encoder_decoder:
         return "none"
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
-            here, there = (_run(model, ids, ids, first) for first in (0, 1))
+        from_0, from_1 = (_recorded(model, ids, ids, first) for first in (0, 1))
     except TypeError:
         return "none"
-    finally:
-        model.train(was_training)
-    same = torch.allclose(here, there, rtol=0, atol=1e-3 * float(here.abs().max()))
-    return "relative" if same else "absolute"
+    counts_from_0 = all(torch.equal(a.key, b.key) for a, b in zip(as_counted, from_0, strict=True))
+    listens = any(not torch.equal(a.key, b.key) for a, b in zip(from_0, from_1, strict=True))
+    if not (counts_from_0 and listens):
+        return "none"
+    return "relative" if torch.equal(from_0[0].value, from_1[0].value) else "absolute"

@@ -10,7 +10,6 @@ into the cache, the mask or the token ids, and no method of the model is replace
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,6 +28,8 @@ from antefix.errors import BaseModelError
 SUPPORTED_IMPLEMENTATIONS = ("sdpa", "eager")
 _PREFIX = "antefix_"
 _SITE_ATTRIBUTE = "antefix_slots"
+_FOREIGN_TERMS = ("sinks", "indices", "block_indices")
+"""What a few models hand their attention that changes its scores in ways `Scores` does not know."""
 
 
 class SiteSlots(Protocol):
@@ -110,7 +112,7 @@ def recording(model: nn.Module) -> Iterator[list[RecordedCall]]:
         hooked.restore(before)
 
 
-def _attention(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _attention(base_name: str) -> Callable[..., Any]:
     def antefix_attention(
         module: nn.Module,
         query: Tensor,
@@ -126,45 +128,36 @@ def _attention(base_name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         sets = [] if slots is None else slots.key_sets(query)
         if not sets:
             base = _base_function(base_name, module)
-            return base(module, query, key, value, attention_mask, **kwargs)
-        scores = _scores(query, kwargs)
+            return base(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
         tokens = _tokens(module, query, key, value, attention_mask, kwargs)
-        if scores.position_bias is not None:
-            scores = _fit_position_bias(scores, tokens)
-        out = attend(query, tokens, sets, scores)
+        out = attend(query, tokens, sets, _scores(module, query, tokens, kwargs))
         return out.transpose(1, 2).contiguous(), None
 
     return antefix_attention
 
 
 def _base_function(name: str, module: nn.Module) -> Callable[..., Any]:
-    if name == "eager":
-        # "eager" is in no registry: every modelling file brings its own.
-        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
-    return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+    # "eager" is in no registry: every modelling file brings its own.
+    files = (sys.modules[cls.__module__] for cls in type(module).__mro__)
+    return next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))  # type: ignore[no-any-return]
 
 
-def _scores(query: Tensor, kwargs: dict[str, Any]) -> Scores:
-    scaling = kwargs.get("scaling")
+def _scores(module: nn.Module, query: Tensor, tokens: KeySet, kwargs: dict[str, Any]) -> Scores:
+    for name in _FOREIGN_TERMS:
+        if kwargs.get(name) is not None:
+            raise BaseModelError(
+                f"{type(module).__name__} cannot carry a prefix: its attention takes '{name}', which the merge with "
+                "slots does not know; use another base"
+            )
+    scaling, bias = kwargs.get("scaling"), kwargs.get("position_bias")
     return Scores(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap=kwargs.get("softcap"),
-        position_bias=kwargs.get("position_bias"),
+        position_bias=None if bias is None else bias[..., : tokens.key_BGSD.shape[2]],
         sink_logits_H=kwargs.get("s_aux"),
         dropout=float(kwargs.get("dropout") or 0.0),
-    )
-
-
-def _fit_position_bias(scores: Scores, tokens: KeySet) -> Scores:
-    bias = scores.position_bias
-    assert bias is not None
-    num_keys = tokens.key_BGSD.shape[2]
-    return Scores(
-        scale=scores.scale,
-        softcap=scores.softcap,
-        position_bias=bias[..., :num_keys],
-        sink_logits_H=scores.sink_logits_H,
-        dropout=scores.dropout,
     )
 
 
@@ -183,19 +176,21 @@ def _tokens(
     return KeySet(key[:, :, :num_queries], value[:, :, :num_queries], is_causal=True)
 
 
-# All layers of one kind get the same mask tensor in a forward pass, so its prepared form is made once.
-_prepared: deque[tuple[Tensor, torch.dtype, Mask]] = deque(maxlen=4)
+# All layers of one kind get the same mask tensor in a forward pass, so its prepared form is made once, and
+# lives as long as that tensor. The version tells a mask that was written into.
+_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _prepared_mask(mask: Tensor, num_keys: int, dtype: torch.dtype) -> Mask:
-    for known, known_dtype, prepared in _prepared:
-        if known is mask and known_dtype == dtype:
-            return prepared
+    made_for = (None if mask.is_inference() else mask._version, num_keys, dtype)
+    known: tuple[Any, Mask] | None = _prepared.get(mask)  # type: ignore[no-untyped-call]
+    if known is not None and known[0] == made_for:
+        return known[1]
     made = Mask.of(mask[..., :num_keys], dtype)
-    _prepared.append((mask, dtype, made))
+    _prepared[mask] = (made_for, made)
     return made
 
 
 for _name in SUPPORTED_IMPLEMENTATIONS:
     AttentionInterface.register(_PREFIX + _name, _attention(_name))
-    AttentionMaskInterface.register(_PREFIX + _name, AttentionMaskInterface._global_mapping[_name])
+    AttentionMaskInterface.register(_PREFIX + _name, AttentionMaskInterface._global_mapping[_name])  # type: ignore[arg-type]

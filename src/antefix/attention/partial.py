@@ -4,12 +4,14 @@ Attention over a union is a merge of partial results (He et al. 2022, arXiv 2110
 every set gives the softmax-weighted mean of its values and the log of its normaliser, and the merged
 output weighs the means by the softmax of the logs. The base's tokens are one set, a prefix's slots another.
 
-Two forms, equal in value and gradient to `antefix.attention.reference`:
+Three forms, equal in value and gradient to `antefix.attention.reference`; `attend` chooses by capability:
 
-- `explicit` writes the scores out. It knows soft caps, position biases, attention sinks and dropout.
 - `fused` calls the processor's flash kernel for every set. The kernel returns the normaliser but no
   gradient through it, and none is needed: the kernel's own backward, called with the *merged* output and
   the *merged* normaliser, is the exact gradient of the merged attention for that set.
+- `concatenated` puts all sets side by side and calls SDPA, with whatever kernel the device has for it. It
+  knows position biases and dropout; it copies the cache at every decoded token.
+- `explicit` writes the scores out. It knows soft caps and attention sinks too.
 
 Axes: B rows, T queries, S keys, P slots, H query heads, G key/value heads, R = H / G, D key width, E value width.
 """
@@ -54,7 +56,7 @@ class Mask:
             additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
         else:
             visible = mask > torch.finfo(mask.dtype).min
-            additive = mask.to(dtype)
+            additive = mask.to(dtype).masked_fill(~visible, -torch.inf)
         blind = ~visible.any(dim=-1)
         return cls(additive, blind if bool(blind.any()) else None)
 
@@ -93,11 +95,14 @@ class Scores:
     dropout: float = 0.0
 
     @property
+    def masked_only(self) -> bool:
+        """Whether SDPA can compute these scores."""
+        return self.softcap is None and self.sink_logits_H is None
+
+    @property
     def plain(self) -> bool:
-        """Whether a fused kernel can compute these scores."""
-        return (
-            self.softcap is None and self.position_bias is None and self.sink_logits_H is None and self.dropout == 0.0
-        )
+        """Whether a flash kernel can compute these scores."""
+        return self.masked_only and self.position_bias is None and self.dropout == 0.0
 
 
 def attend(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
@@ -105,7 +110,23 @@ def attend(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: 
     slots = [s for s in slots if s.key_BGSD.shape[2] > 0]
     if scores.plain and _fused_kernel_fits(query_BHTD, tokens.value_BGSE):
         return fused(query_BHTD, [tokens, *slots], scores.scale)
+    if scores.masked_only:
+        return concatenated(query_BHTD, tokens, slots, scores)
     return explicit(query_BHTD, tokens, slots, scores)
+
+
+def _side_by_side(query_BHTD: Tensor, sets: Sequence[KeySet]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Query, keys and values with equal numbers of rows and heads, as kernels want them.
+
+    One query a row with grouped heads: the heads of a group stand side by side as queries, and no key is repeated.
+    """
+    B, H, T, D = query_BHTD.shape
+    G = sets[0].key_BGSD.shape[1]
+    if T == 1 and G < H and all(s.mask is None or s.mask.additive.shape[1] == 1 for s in sets):
+        query, pairs = query_BHTD.reshape(B, G, H // G, D), [(s.key_BGSD, s.value_BGSE) for s in sets]
+    else:
+        query, pairs = query_BHTD, [_repeat_heads(s, H) for s in sets]
+    return query, [(k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)) for k, v in pairs]
 
 
 # --- the explicit form --------------------------------------------------------------------------------------
@@ -157,6 +178,47 @@ def _repeat_heads(keys: KeySet, num_heads: int) -> tuple[Tensor, Tensor]:
     return keys.key_BGSD.repeat_interleave(repeats, dim=1), keys.value_BGSE.repeat_interleave(repeats, dim=1)
 
 
+# --- the concatenated form ----------------------------------------------------------------------------------
+
+
+def concatenated(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
+    """SDPA over slots and tokens side by side; gradients by ordinary automatic differentiation."""
+    if scores.position_bias is not None:
+        tokens = tokens._replace(mask=_with_bias(query_BHTD, tokens, scores.position_bias), is_causal=False)
+    sets = [*slots, tokens]
+    query, pairs = _side_by_side(query_BHTD, sets)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, torch.cat([k for k, _ in pairs], dim=2), torch.cat([v for _, v in pairs], dim=2),
+        attn_mask=_mask_over(query_BHTD, sets), dropout_p=scores.dropout, scale=scores.scale,
+    )  # fmt: skip
+    return out.reshape(*query_BHTD.shape[:3], -1)
+
+
+def _with_bias(query: Tensor, tokens: KeySet, bias: Tensor) -> Mask:
+    additive = _additive(query, tokens)
+    return Mask(bias.to(query.dtype) if additive is None else bias.to(query.dtype) + additive, None)
+
+
+def _mask_over(query: Tensor, sets: Sequence[KeySet]) -> Tensor | None:
+    """The additive masks of all sets side by side; None where every query sees every key."""
+    masks = [_additive(query, s) for s in sets]
+    if all(m is None for m in masks):
+        return None
+    axes = torch.broadcast_shapes(*(m.shape[:3] for m in masks if m is not None))  # type: ignore[no-untyped-call]
+    widths = [s.key_BGSD.shape[2] for s in sets]
+    parts = [query.new_zeros(()) if m is None else m for m in masks]
+    return torch.cat([m.expand(*axes, width) for m, width in zip(parts, widths, strict=True)], dim=3)
+
+
+def _additive(query: Tensor, keys: KeySet) -> Tensor | None:
+    if keys.mask is not None:
+        return keys.mask.additive
+    if not keys.is_causal:
+        return None
+    T = query.shape[2]
+    return query.new_full((1, 1, T, T), -torch.inf).triu(1)
+
+
 # --- the fused form -----------------------------------------------------------------------------------------
 
 
@@ -170,18 +232,10 @@ def _fused_kernel_fits(query: Tensor, value: Tensor) -> bool:
 
 def fused(query_BHTD: Tensor, key_sets: Sequence[KeySet], scale: float) -> Tensor:
     """The flash kernel on every key set, merged; exact gradients for queries, keys and values."""
-    B, H, T, D = query_BHTD.shape
-    num_groups = key_sets[0].key_BGSD.shape[1]
-    if T == 1 and num_groups < H:
-        # One query a row: the heads of a group stand side by side as its queries, and no key is repeated.
-        query = query_BHTD.view(B, num_groups, H // num_groups, D)
-        sets = [(s.key_BGSD, s.value_BGSE) for s in key_sets]
-    else:
-        query = query_BHTD
-        sets = [_repeat_heads(s, H) for s in key_sets]
-    flat = [t.expand(B, -1, -1, -1) for pair in sets for t in pair]
+    query, pairs = _side_by_side(query_BHTD, key_sets)
+    flat = [t for pair in pairs for t in pair]
     out = _FusedUnion.apply(query, scale, [(s.mask, s.is_causal) for s in key_sets], *flat)  # type: ignore[no-untyped-call]
-    return out.reshape(B, H, T, -1)  # type: ignore[no-any-return]
+    return out.reshape(*query_BHTD.shape[:3], -1)  # type: ignore[no-any-return]
 
 
 class _FusedUnion(torch.autograd.Function):
@@ -200,7 +254,7 @@ class _FusedUnion(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, out, lse, *flat = ctx.saved_tensors
         # A query that saw nothing anywhere: the kernel must not compute exp(score + inf).
         lse = lse.masked_fill(lse == -torch.inf, torch.finfo(torch.float32).max)

@@ -2,17 +2,27 @@
 
 Written for reading, in float64, with a loop over rows and heads and no cleverness shared with the paths
 it pins. Equation: head = softmax(q [P_k; K]^T * scale) [P_v; V] (Li & Liang 2021, section 4; He et al. 2022,
-equation 5).
+equation 5). `at_work` puts it into a whole model, to pin what an attachment does there.
 
 Axes: T queries, S keys, P slots, D key width, E value width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+RowSlots = list[tuple[Tensor, Tensor] | None]
+"""For each row its keys (G, P, D) and values (G, P, E), or None for a bare row."""
+
+_NAME = "antefix_reference"
+_ATTRIBUTE = "antefix_reference_slots"
 
 
 def attention(
@@ -20,7 +30,7 @@ def attention(
     key_BGSD: Tensor,
     value_BGSE: Tensor,
     visible_BTS: Tensor,
-    slots: list[tuple[Tensor, Tensor] | None],
+    slots: RowSlots,
     *,
     scale: float,
     softcap: float | None = None,
@@ -29,7 +39,6 @@ def attention(
 ) -> Tensor:
     """Attention with a prefix of its own for every row.
 
-    slots: for each row its keys (G, P, D) and values (G, P, E), or None for a bare row.
     visible: True where a query sees a token; slots are seen by every query.
     Returns B, H, T, E in float64; a query that sees nothing gets 0.
     """
@@ -60,3 +69,42 @@ def attention(
             heads.append(weights @ values)
         rows.append(torch.stack(heads))
     return torch.stack(rows)
+
+
+@contextmanager
+def at_work(model: PreTrainedModel, slots: Mapping[str, RowSlots]) -> Iterator[None]:
+    """Inside, the model attends by `attention`, with these slots at the modules of these paths."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    modules: list[nn.Module] = [model.get_submodule(path) for path in slots]
+    try:
+        for config in configs.values():
+            config._attn_implementation = _NAME
+        for module, row_slots in zip(modules, slots.values(), strict=True):
+            module.__dict__[_ATTRIBUTE] = row_slots
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+        for module in modules:
+            module.__dict__.pop(_ATTRIBUTE, None)
+
+
+def _for_transformers(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    num_rows, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
+    visible = torch.ones(num_rows, num_queries, num_keys, dtype=torch.bool, device=query.device)
+    if mask is not None:  # eager masks: 0, or the lowest number there is
+        visible = visible & (mask[:, 0, :, :num_keys] == 0)
+    bias, scaling = kwargs.get("position_bias"), kwargs.get("scaling")
+    out = attention(
+        query, key, value, visible, module.__dict__.get(_ATTRIBUTE, [None] * num_rows),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=kwargs.get("softcap"),
+        position_bias_HTS=None if bias is None else bias[0, :, :, :num_keys], sink_logits_H=kwargs.get("s_aux"),
+    )  # fmt: skip
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_NAME, _for_transformers)
+AttentionMaskInterface.register(_NAME, eager_mask)

@@ -122,6 +122,8 @@ class PrefixTuning(nn.Module):
                 slots[site_name] = _checked(known[site_name], tensor, tensors.get(f"{site_name}.value"))
             elif f"{site_name}.key" not in tensors:
                 raise PrefixError(f"tensor '{site_name}.key' is missing beside '{name}'")
+        if missing := [s.name for s in _chosen_sites(sites, config) if s.name not in slots]:
+            raise PrefixError(f"the prefix has nothing for {missing[0]} of this base: load the base it was trained on")
         direct = config.model_copy(update={"parametrisation": "direct", "freeze_first": False})
         module = cls(direct, DirectSlots([known[n] for n in slots], slots), None)
         return module.requires_grad_(False).eval()

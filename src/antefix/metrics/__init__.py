@@ -27,6 +27,8 @@ METRICS: dict[str, str] = {
 """Name -> module, imported when asked for. METEOR, ROUGE-L and CIDEr need Java, for their tokeniser."""
 E2E_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider")
 """Those of the E2E challenge's official scorer."""
+RESAMPLES = 1000
+"""Draws of a bootstrap, unless another number is asked for."""
 
 _LINE_BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 

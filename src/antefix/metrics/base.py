@@ -29,6 +29,8 @@ class Metric(Protocol):
     VERSION: str
     """Figures of unlike versions are not to be compared."""
     NEEDS_JAVA: bool
+    RESAMPLED: str
+    """In what the bootstrap of this score differs from scoring every draw anew; empty where it does not."""
 
     def tokenise(self, texts: Sequence[str]) -> list[str]:
         """One line of tokens for every text. Texts hold no line break."""

@@ -20,6 +20,7 @@ from antefix.metrics.base import Evaluated, Rows
 
 VERSION = f"mteval13a.1 (sacrebleu {sacrebleu.__version__})"
 NEEDS_JAVA = False
+RESAMPLED = ""
 ORDERS = 4
 
 tokenise = tokens_13a.tokenise

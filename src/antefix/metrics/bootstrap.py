@@ -5,23 +5,21 @@ show how far the measured difference depends on which inputs happened to be in t
 
 BLEU and NIST are computed anew from counts on every draw, ROUGE-L and CIDEr are means over the inputs drawn. The
 n-gram weights of NIST and CIDEr stay those of the whole set. METEOR's corpus figure comes out of its Java program
-alone, so here it is the mean of the inputs' scores: `Comparison.note` says so.
+alone, so here it is the mean of the inputs' scores. `Comparison.note` says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from antefix.errors import MetricError
-from antefix.metrics import E2E_METRICS, evaluate, load
+from antefix.metrics import E2E_METRICS, RESAMPLES, evaluate, load
 from antefix.metrics.base import Evaluated, Rows
 
 VERSION = "paired-bootstrap.1"
-RESAMPLES = 1000
-METEOR_NOTE = "difference of the means of the inputs' scores, not of the corpus figures"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +36,8 @@ class Comparison:
     difference is 0. At least 2 / (resamples + 1), as a finite number of draws can not show less."""
     resamples: int
     seed: int
-    note: str = ""
+    note: str
+    """In what they differ from scoring every draw anew; empty where they do not."""
 
 
 def paired_bootstrap(
@@ -62,34 +61,45 @@ def compare(
 
     Raises MetricError for unequal counts of inputs, or for no resamples.
     """
-    sizes = {len(e.rows) for e in (*first.values(), *second.values())}
-    if len(sizes) != 1 or resamples < 1:
-        raise MetricError(f"a bootstrap needs equal counts of inputs ({sizes}) and at least 1 resample ({resamples})")
-    draws = _draws(sizes.pop(), resamples, seed)
-    return {name: _compare(name, e.rows, second[name].rows, draws, seed) for name, e in first.items()}
+    num_inputs = {len(e.rows) for e in (*first.values(), *second.values())}
+    if len(num_inputs) > 1:
+        counts = " and ".join(map(str, sorted(num_inputs)))
+        raise MetricError(f"systems on {counts} inputs cannot be compared: both must write a text for every input")
+    if resamples < 1:
+        raise MetricError(f"a bootstrap needs at least 1 resample, {resamples} were asked for")
+    pairs = {name: (e.rows, second[name].rows) for name, e in first.items()}
+    drawn: dict[str, list[float]] = {name: [] for name in pairs}
+    for times_drawn in _draws(num_inputs.pop(), resamples, seed) if pairs else ():
+        for name, rows in pairs.items():
+            drawn[name].append(_difference(name, rows, times_drawn))
+    return {name: _comparison(name, rows, np.array(drawn[name]), seed) for name, rows in pairs.items()}
 
 
-def _draws(num_inputs: int, resamples: int, seed: int) -> Rows:
-    """(resamples, inputs): how often an input is in a draw."""
+def _draws(num_inputs: int, resamples: int, seed: int) -> Iterator[Rows]:
+    """(inputs,) for every draw: how often an input is in it."""
     generator = np.random.default_rng(seed)
-    drawn = generator.integers(num_inputs, size=(resamples, num_inputs))
-    return np.stack([np.bincount(row, minlength=num_inputs) for row in drawn]).astype(np.float64)
+    for _ in range(resamples):
+        drawn = generator.integers(num_inputs, size=num_inputs)
+        yield np.bincount(drawn, minlength=num_inputs).astype(np.float64)
 
 
-def _compare(name: str, first: Rows, second: Rows, draws: Rows, seed: int) -> Comparison:
+def _difference(name: str, rows: tuple[Rows, Rows], times_drawn: Rows) -> float:
     from_sums = load(name).from_sums
-    difference = from_sums(first.sum(axis=0)) - from_sums(second.sum(axis=0))
-    pairs = zip(draws @ first, draws @ second, strict=True)
-    differences = np.array([from_sums(one) - from_sums(other) for one, other in pairs])
+    first, second = (from_sums(times_drawn @ system) for system in rows)
+    return first - second
+
+
+def _comparison(name: str, rows: tuple[Rows, Rows], differences: Rows, seed: int) -> Comparison:
+    difference = _difference(name, rows, np.ones(len(rows[0])))
     low, high = np.percentile(differences, [2.5, 97.5])
     return Comparison(
         difference=difference,
         low=float(low),
         high=float(high),
         p_value=_p_value(difference, differences),
-        resamples=len(draws),
+        resamples=len(differences),
         seed=seed,
-        note=METEOR_NOTE if name == "meteor" else "",
+        note=load(name).RESAMPLED,
     )
 
 

@@ -2,13 +2,16 @@
 
 A value is said if its words stand in the text next to one another, whatever the case, the punctuation and the
 spaces around them ("family-friendly" is "Family friendly"). Another wording of a value ("under 20 pounds" for
-"less than £20") counts as missing, so the share of missing values is an upper bound.
+"less than £20") counts as missing. Words are found by the spaces and signs between them, which some scripts do
+without.
 
 Whether a text adds something can be known only in part. Counted are values that a field has in some *other* table
 of the set and no field has in this one, and numbers in figures that are in none of the table's values. Other
-additions are not seen, so that count is a lower bound. A word that is part of one of the table's own values where
-it stands ("Rouge" in "Café Rouge") is no addition.
+additions are not seen; and a word that is some other table's value may be harmless here ("high" in "a high
+street"). A word that is part of one of the table's own values where it stands ("Rouge" in "Café Rouge") is no
+addition.
 
+So both shares serve to compare systems on one set, beside those of its references; by themselves they prove little.
 Values like yes and no never stand in a text word for word: they are left out and counted as not checkable. An
 empty text misses every value and adds none.
 """
@@ -30,6 +33,7 @@ NUMBER = "number"
 """Stands for the field of a number that is in none of the table's values."""
 
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")
+_NO_WORDS = "  "
 _GONE = "|"
 """Put in place of a value that was found, so that its words are not found again; never a word itself."""
 
@@ -70,7 +74,7 @@ def check_fields(tables: Sequence[Table], texts: Sequence[str]) -> FieldReport:
     missing, added, checked = [], [], 0
     for table, text in zip(tables, texts, strict=True):
         pairs = _checkable(table)
-        said = _said(text)
+        said = _words(text)
         checked += len(pairs)
         missing.append([pair for pair in pairs if _words(pair[1]) not in said])
         added.append(_added(table, said, known))
@@ -78,15 +82,14 @@ def check_fields(tables: Sequence[Table], texts: Sequence[str]) -> FieldReport:
     return FieldReport(checked=checked, not_checkable=not_checkable, missing=missing, added=added)
 
 
-def _added(table: Table, said: str, known: Iterable[Pair]) -> list[Pair]:
-    own = {_words(value) for _, value in table.fields}
-    for words in sorted(own - {"  "}, key=len, reverse=True):
+def _added(table: Table, said: str, known: dict[str, Pair]) -> list[Pair]:
+    own = {_words(value) for _, value in table.fields} - {_NO_WORDS}
+    for words in sorted(own, key=len, reverse=True):
         said = _without(said, words)
     found: list[Pair] = []
-    for field, value in known:
-        words = _words(value)
+    for words, pair in known.items():
         if words in said:
-            found.append((field, value))
+            found.append(pair)
             said = _without(said, words)
     own_numbers = {word for words in own for word in words.split() if word[0].isdigit()}
     numbers = dict.fromkeys(word for word in said.split() if word[0].isdigit())
@@ -94,26 +97,22 @@ def _added(table: Table, said: str, known: Iterable[Pair]) -> list[Pair]:
 
 
 def _checkable(table: Table) -> list[Pair]:
-    return [(f, v) for f, v in table.fields if v.strip().casefold() not in NOT_CHECKABLE and _words(v).strip()]
+    return [(f, v) for f, v in table.fields if v.strip().casefold() not in NOT_CHECKABLE and _words(v) != _NO_WORDS]
 
 
-def _longest_first(pairs: Iterable[Pair]) -> list[Pair]:
-    """So that "fast food" is found before "food"; ties in one order, whatever the set's. One pair a wording: a
-    value that several fields know is named by the first field of the alphabet."""
+def _longest_first(pairs: Iterable[Pair]) -> dict[str, Pair]:
+    """The words of a value -> the pair; so that "fast food" is found before "food", ties in one order whatever the
+    set's. A value that several fields know is named by the first field of the alphabet."""
     named: dict[str, Pair] = {}
     for pair in sorted(pairs):
         named.setdefault(_words(pair[1]), pair)
-    return sorted(named.values(), key=lambda pair: (-len(_words(pair[1])), pair))
-
-
-def _said(text: str) -> str:
-    return _words(text)
+    return dict(sorted(named.items(), key=lambda item: (-len(item[0]), item[1])))
 
 
 def _words(text: str) -> str:
-    """Words and numbers in lower case, each with a space on both sides: " the mill  20  25 "."""
+    """Words and numbers in lower case, each with a space on both sides: " the  mill  20  25 "."""
     plain = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(f" {word} " for word in _WORD.findall(plain)) or "  "
+    return "".join(f" {word} " for word in _WORD.findall(plain)) or _NO_WORDS
 
 
 def _without(said: str, words: str) -> str:

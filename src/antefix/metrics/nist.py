@@ -22,6 +22,7 @@ from antefix.metrics.base import Evaluated, Rows
 
 VERSION = "mteval13a.1"
 NEEDS_JAVA = False
+RESAMPLED = "every draw keeps the n-gram weights of the whole set"
 ORDERS = 5
 
 tokenise = tokens_13a.tokenise
@@ -36,13 +37,14 @@ def evaluate(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> 
     reference tokens, references that have a token, and 1 to count segments by. Resampled rows keep the
     information weights of the whole set.
     """
-    counted = [[_ngrams(text.split()) for text in group] for group in references]
+    groups = [[text.split() for text in group] for group in references]
     counts: Counter[_NGram] = Counter()
-    for group in counted:
-        for ngrams in group:
-            counts.update(ngrams)
-    num_tokens = sum(count for ngram, count in counts.items() if len(ngram) == 1)
-    rows = np.array([_row(g, h, counts, num_tokens) for g, h in zip(counted, hypotheses, strict=True)])
+    for group in groups:
+        for tokens in group:
+            counts.update(_ngrams(tokens))
+    num_tokens = sum(len(tokens) for group in groups for tokens in group)
+    pairs = zip(groups, hypotheses, strict=True)
+    rows = np.array([_row(group, text.split(), counts, num_tokens) for group, text in pairs])
     return Evaluated(from_sums(rows.sum(axis=0)), rows)
 
 
@@ -56,16 +58,15 @@ def from_sums(sums: Rows) -> float:
     return float(np.sum(information / np.maximum(ngrams, 1))) * _length_penalty(ngrams[0] / mean_reference_tokens)
 
 
-def _row(references: Sequence[Counter[_NGram]], hypothesis: str, counts: Counter[_NGram], num_tokens: int) -> Rows:
-    most: Counter[_NGram] = Counter()
-    for ngrams in references:
-        most |= ngrams
-    tokens = hypothesis.split()
+def _row(references: Sequence[list[str]], hypothesis: list[str], counts: Counter[_NGram], num_tokens: int) -> Rows:
     row = np.zeros(2 * ORDERS + 3)
-    for ngram, matches in (_ngrams(tokens) & most).items():
-        row[len(ngram) - 1] += matches * _information(ngram, counts, num_tokens)
-    row[ORDERS : 2 * ORDERS] = [max(len(tokens) - order, 0) for order in range(ORDERS)]
-    lengths = [sum(count for ngram, count in ngrams.items() if len(ngram) == 1) for ngrams in references]
+    counted = [Counter(_ngrams(tokens)) for tokens in references]
+    for ngram, count in Counter(_ngrams(hypothesis)).items():
+        matches = min(count, max(reference.get(ngram, 0) for reference in counted))
+        if matches:
+            row[len(ngram) - 1] += matches * _information(ngram, counts, num_tokens)
+    row[ORDERS : 2 * ORDERS] = [max(len(hypothesis) - order, 0) for order in range(ORDERS)]
+    lengths = [len(tokens) for tokens in references]
     row[2 * ORDERS :] = [sum(lengths), sum(length > 0 for length in lengths), 1]
     return row
 
@@ -77,8 +78,8 @@ def _information(ngram: _NGram, counts: Counter[_NGram], num_tokens: int) -> flo
     return math.log2((num_tokens if weighed_as_one_word else counts[before]) / counts[ngram])
 
 
-def _ngrams(tokens: Sequence[str]) -> Counter[_NGram]:
-    return Counter(tuple(tokens[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(tokens) - n + 1))
+def _ngrams(tokens: list[str]) -> list[_NGram]:
+    return [ngram for order in range(ORDERS) for ngram in zip(*(tokens[n:] for n in range(order + 1)), strict=False)]
 
 
 def _length_penalty(ratio: float) -> float:

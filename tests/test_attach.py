@@ -1,0 +1,273 @@
+"""An attached base is what it should be at every site; detached it is the base; rows keep to themselves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, DECODER_ONLY, is_output, tiny_base, tiny_batch, tiny_method, tiny_model
+from torch import Tensor
+
+from antefix.attach import attach, attached, current_attachment
+from antefix.attention import reference
+from antefix.base import Base
+from antefix.errors import BaseModelError, PrefixError
+from antefix.methods.base import MethodModule
+from antefix.sites import find_sites
+
+PADDINGS = ("none", "left", "right")
+NEAR = {"rtol": 1e-4, "atol": 1e-4}
+"""Logits of the tiny models are about 10 in size."""
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def base(request: pytest.FixtureRequest) -> Base:
+    return tiny_base(request.param)
+
+
+def name_of(base: Base) -> str:
+    return base.name.removeprefix("tiny-")
+
+
+def two(base: Base) -> tuple[MethodModule, MethodModule]:
+    """Prefixes of unlike lengths."""
+    return tiny_method(base, num_virtual_tokens=5), tiny_method(base, num_virtual_tokens=2, seed=2)
+
+
+def logits(base: Base, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return base.model(**batch).logits
+
+
+def row_slots(base: Base, modules: Sequence[MethodModule], rows: Sequence[int]) -> dict[str, reference.RowSlots]:
+    """Module path -> the slots of every row, as the reference takes them."""
+    slots = [m.slots() for m in modules]
+    return {
+        s.module: [None if r < 0 else tuple(slots[r][s.name]) for r in rows] for s in find_sites(base.model).attention
+    }
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("rows", [[0, 0, 0, 0], [1, -1, 0, 0]], ids=["shared", "mixed"])
+def test_attached_is_the_reference_at_every_site(base: Base, rows: list[int], padding: str) -> None:
+    """Logits and the gradient of every slot."""
+    batch, modules = tiny_batch(name_of(base), padding), two(base)
+    real = is_output(batch)
+    results = []
+    with attached(base.model, *modules, rows=rows):
+        results.append(base.model(**batch).logits[real])
+    with reference.at_work(base.model, row_slots(base, modules, rows)):
+        results.append(base.model(**batch).logits[real])
+    torch.testing.assert_close(*results, **NEAR)
+    parameters = [p for n, m in enumerate(modules) if n in rows for p in m.parameters()]
+    weights = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(0))
+    found, wanted = (torch.autograd.grad((r * weights).sum(), parameters) for r in results)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * float(other.abs().max()))
+    assert float((results[0] - logits(base, batch)[real]).detach().abs().max()) > 0.1, "the prefix says something"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_without_a_prefix_every_bit_is_the_bases(base: Base, implementation: str) -> None:
+    model, usual = base.model, base.model.config._attn_implementation
+    if (name_of(base), implementation) == ("gemma2", "sdpa"):
+        pytest.skip("its soft cap is beyond SDPA, with or without a prefix")
+    model.set_attn_implementation(implementation)
+    batch, (first, second) = tiny_batch(name_of(base), "left"), two(base)
+    bare = logits(base, batch)
+    state = list(model.state_dict())
+    attachment = attach(model, first, second, rows=[-1, -1, -1, -1])
+    assert torch.equal(logits(base, batch), bare), "rows without a prefix take the base's own call"
+    attachment.rows = [0, 1, 0, 1]
+    assert not torch.equal(logits(base, batch), bare)
+    attachment.detach()
+    attachment.detach()
+    assert torch.equal(logits(base, batch), bare)
+    assert list(model.state_dict()) == state
+    assert model.config._attn_implementation == implementation
+    assert current_attachment(model) is None
+    model.set_attn_implementation(usual)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_a_batch_equals_its_rows_alone_in_any_order(base: Base, padding: str) -> None:
+    name, modules, rows = name_of(base), two(base), [1, -1, 0, 1]
+    if (name, padding) == ("bart", "left"):
+        pytest.skip("BART's encoder counts padding as positions, with or without a prefix")
+    batch = tiny_batch(name, padding)
+    real = is_output(batch)
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        with attached(base.model, *modules, rows=[rows[r] for r in order]):
+            together = logits(base, {key: value[order] for key, value in batch.items()})
+        for place, row in enumerate(order):
+            alone = {key: value[row : row + 1] for key, value in batch.items()}
+            seen = batch["attention_mask"][row].bool()
+            for key in ("input_ids", "attention_mask", "position_ids"):
+                if key in alone:
+                    alone[key] = alone[key][:, seen]
+            if rows[row] < 0:
+                wanted = logits(base, alone)
+            else:
+                with attached(base.model, modules[rows[row]]):
+                    wanted = logits(base, alone)
+            torch.testing.assert_close(together[place][real[row]], wanted[0], **NEAR)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
+def test_a_bfloat16_base_carries_a_float32_prefix(name: str) -> None:
+    wide, narrow = tiny_base(name), Base(tiny_model(name, torch.bfloat16), tiny_base(name).tokenizer, name)
+    module, batch = tiny_method(wide), tiny_batch(name, "right")
+    real = is_output(batch)
+    with attached(narrow.model, module), attached(wide.model, module):
+        rounded, exact = narrow.model(**batch).logits[real], logits(wide, batch)[real]
+    assert rounded.dtype == torch.bfloat16
+    rounded.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+    assert float((rounded.float() - exact).detach().abs().mean()) < 0.1 * float(exact.abs().mean())
+
+
+@pytest.fixture
+def llama() -> Base:
+    return tiny_base("llama")
+
+
+def test_a_second_attachment_takes_over_and_gives_back(llama: Base) -> None:
+    batch, (first, second) = tiny_batch("llama"), two(llama)
+    bare = logits(llama, batch)
+    outer = attach(llama.model, first)
+    with_first = logits(llama, batch)
+    inner = attach(llama.model, second)
+    with_second = logits(llama, batch)
+    with attached(llama.model, first):
+        assert torch.equal(logits(llama, batch), with_first)
+    assert torch.equal(logits(llama, batch), with_second)
+    outer.detach()  # out of order: the later one stays at work
+    assert torch.equal(logits(llama, batch), with_second)
+    inner.detach()
+    assert torch.equal(logits(llama, batch), bare)
+
+
+def test_an_exception_leaves_nothing_behind(llama: Base) -> None:
+    batch, (first, _) = tiny_batch("llama"), two(llama)
+    bare = logits(llama, batch)
+    broken = llama.model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), attached(llama.model, first):
+        llama.model(**batch)
+    broken.remove()
+    assert torch.equal(logits(llama, batch), bare)
+
+
+def test_an_interrupted_pass_is_forgotten(llama: Base) -> None:
+    """Ctrl-C in a notebook: the next pass must see the slots as they are then."""
+    batch, (module, _) = tiny_batch("llama"), two(llama)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with attached(llama.model, module):
+        hook = llama.model.model.layers[1].mlp.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llama.model(**batch)
+        hook.remove()
+        before = logits(llama, batch)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+        changed = logits(llama, batch)
+    with attached(llama.model, module):
+        assert torch.equal(logits(llama, batch), changed)
+    assert not torch.equal(before, changed)
+
+
+def test_a_copy_of_an_attached_model_is_attached_by_itself(llama: Base) -> None:
+    batch, (module, _) = tiny_batch("llama"), two(llama)
+    bare = logits(llama, batch)
+    with attached(llama.model, module):
+        twin = copy.deepcopy(llama.model)
+        wanted = logits(llama, batch)
+    with torch.no_grad():
+        assert torch.equal(twin(**batch).logits, wanted)
+        attachment = current_attachment(twin)
+        assert attachment is not None
+        attachment.detach()
+        assert torch.equal(twin(**batch).logits, bare)
+
+
+def test_a_mask_that_is_written_into_counts_anew(llama: Base) -> None:
+    module, _ = two(llama)
+    batch = tiny_batch("llama")
+    mask = torch.ones(4, 1, 9, 9, dtype=torch.bool).tril()
+    with attached(llama.model, module), torch.no_grad():
+        before = llama.model(batch["input_ids"], attention_mask=mask).logits
+        mask[:, :, 5:, 2] = False
+        after = llama.model(batch["input_ids"], attention_mask=mask).logits
+        assert torch.equal(after, llama.model(batch["input_ids"], attention_mask=mask.clone()).logits)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_shifted_tokens_stand_p_further_on(name: str) -> None:
+    base, batch = tiny_base(name), tiny_batch(name, "left")
+    modules = [tiny_method(base, num_virtual_tokens=p, positions="shifted") for p in (5, 2)]
+    in_place = [tiny_method(base, num_virtual_tokens=p) for p in (5, 2)]
+    rows, moves = [1, -1, 0, 0], torch.tensor([2, 0, 5, 5])
+    real = is_output(batch)
+    with attached(base.model, *in_place, rows=rows):
+        wanted = logits(base, {**batch, "position_ids": batch["position_ids"] + moves[:, None]})
+    counted_for_them = {key: value for key, value in batch.items() if key != "position_ids"}
+    with attached(base.model, *modules, rows=rows):
+        for given in (batch, counted_for_them):
+            torch.testing.assert_close(logits(base, given)[real], wanted[real], **NEAR)
+
+
+def test_positions_end_where_the_learned_ones_do() -> None:
+    base = tiny_base("gpt2")
+    base.model.config.n_positions = 12
+    module = tiny_method(base, positions="shifted")
+    with attached(base.model, module):
+        logits(base, {"input_ids": torch.ones(1, 7, dtype=torch.long)})
+        with pytest.raises(
+            PrefixError, match=r"a token would stand at position 12, the base's last one is 11: .* up to 5"
+        ):
+            base.model(torch.ones(1, 8, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "roberta"])
+def test_bases_that_do_not_count_from_0_refuse_to_shift(name: str) -> None:
+    base = tiny_base(name)
+    with pytest.raises(PrefixError, match="positions = 'shifted' needs a base that takes position_ids"):
+        tiny_method(base, positions="shifted")
+
+
+def test_what_does_not_fit_is_said(llama: Base) -> None:
+    first, second = two(llama)
+    with pytest.raises(PrefixError, match="nothing to attach"):
+        attach(llama.model)
+    with attached(llama.model, first, second) as attachment:
+        with pytest.raises(PrefixError, match="2 prefixes are attached: say which row carries which"):
+            logits(llama, tiny_batch("llama"))
+        for rows in ([0, 2], [-2], []):
+            with pytest.raises(PrefixError, match=r"rows must be indices from -1 \(none\) to 1"):
+                attachment.rows = rows
+        attachment.rows = [0, 1, 1]
+        with pytest.raises(PrefixError, match=r"the batch has 4 rows, attachment.rows has 3"):
+            logits(llama, tiny_batch("llama"))
+    with pytest.raises(
+        PrefixError, match=r"slots for 6 key/value heads of width 8 at layers.0.self, this base has 2 of"
+    ):
+        attach(llama.model, tiny_method(tiny_base("gpt2")))
+    llama.model.config._attn_implementation = "flex_attention"
+    with pytest.raises(
+        BaseModelError, match="the model uses attention 'flex_attention', a prefix needs one of sdpa, eager"
+    ):
+        attach(llama.model, first)
+    assert current_attachment(llama.model) is None
+
+
+def test_scores_that_the_merge_does_not_know_are_refused(llama: Base) -> None:
+    module, _ = two(llama)
+    with attached(llama.model, module), pytest.raises(BaseModelError, match="its attention takes 'sinks'"):
+        llama.model(**tiny_batch("llama"), sinks=torch.zeros(1))
