@@ -22,10 +22,10 @@ from antefix.base import Base
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 
 TEXTS = [
-    "name : Blue Spice | food : Italian => Blue Spice serves Italian food.",
-    "name : Wildwood | food : Indian => Wildwood serves Indian food.",
-    "name : Alimentum | food : French => Alimentum serves French food.",
-    "name : Zizzi | food : Chinese => Zizzi serves Chinese food.",
+    "name : Fern Hill | food : Italian => Fern Hill serves Italian food.",
+    "name : Mill Inn | food : Indian => Mill Inn serves Indian food.",
+    "name : Old Quay | food : French => Old Quay serves French food.",
+    "name : Plum Tree | food : Chinese => Plum Tree serves Chinese food.",
 ]
 
 

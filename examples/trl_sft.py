@@ -17,10 +17,10 @@ from antefix.base import Base
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 
 PAIRS = [
-    {"prompt": "name : Blue Spice | food : Italian\n", "completion": "Blue Spice serves Italian food."},
-    {"prompt": "name : Wildwood | food : Indian\n", "completion": "Wildwood serves Indian food."},
-    {"prompt": "name : Alimentum | food : French\n", "completion": "Alimentum serves French food."},
-    {"prompt": "name : Zizzi | food : Chinese\n", "completion": "Zizzi serves Chinese food."},
+    {"prompt": "name : Fern Hill | food : Italian\n", "completion": "Fern Hill serves Italian food."},
+    {"prompt": "name : Mill Inn | food : Indian\n", "completion": "Mill Inn serves Indian food."},
+    {"prompt": "name : Old Quay | food : French\n", "completion": "Old Quay serves French food."},
+    {"prompt": "name : Plum Tree | food : Chinese\n", "completion": "Plum Tree serves Chinese food."},
 ]
 
 

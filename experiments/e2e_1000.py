@@ -92,7 +92,8 @@ def keep(name: str, texts: Path, references: str) -> None:
     if (RESULTS / f"{name}.json").exists():
         return
     found = command_json("eval", "--references", references, "--hypotheses", str(texts), "--fields")
-    found.get("fields", {}).pop("texts", None)
+    found["fields"].pop("texts")
+    found |= {"references": references.rpartition("/")[2], "hypotheses": texts.name}
     write(name, found | {"python": platform.python_version(), "machine": platform.machine()})
 
 

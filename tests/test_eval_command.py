@@ -16,10 +16,10 @@ from antefix.errors import AntefixError, DataError, MetricError
 from antefix.metrics import METRICS, load, score
 from antefix.metrics.tokens_ptb import have_java
 
-MENUS = "name,price,open,text\nFern,£4,yes,Fern costs £4.\nMill,£9,no,The Mill is £9.\nFern,£4,yes,For £4: Fern.\n"
-TEXTS = ["Fern costs £4.", "The Mill asks 7 pounds."]
+MENUS = "name,price,open,text\nFern,£4,yes,Fern costs £4.\nMill,£9,no,Mill Inn is £9.\nFern,£4,yes,For £4: Fern.\n"
+TEXTS = ["Fern costs £4.", "Mill Inn asks 7 pounds."]
 OTHER = ["Fern is at the Mill.", "Mill."]
-REFERENCES = [["Fern costs £4.", "For £4: Fern."], ["The Mill is £9."]]
+REFERENCES = [["Fern costs £4.", "For £4: Fern."], ["Mill Inn is £9."]]
 E2E = SHARED / "data" / "e2e_nlg" / "e2e-dataset.zip"
 FILES = ("--references", "menus.csv", "--hypotheses", "texts.txt")
 
@@ -155,7 +155,7 @@ def test_all_five_scores_are_the_default() -> None:
 
 @pytest.mark.skipif(not E2E.is_file(), reason="the E2E data is not here")
 def test_a_split_inside_a_zip() -> None:
-    Path("names.txt").write_text("The Eagle is a pub.\n" * 630, encoding="utf-8")
+    Path("names.txt").write_text("Fern Hill is a pub.\n" * 630, encoding="utf-8")
     words = ("--hypotheses", "names.txt", "--metrics", "bleu", "--fields", "--references")
     found = facts(*words, str(E2E), "--split", "test")
     assert (found["inputs"], found["reference_texts"]) == (630, 4693)

@@ -22,8 +22,8 @@ from antefix.errors import AntefixError, DataError
 from antefix.training.first_recipe import prefix_name, task_description
 from antefix.training.recipe import Recipe, load_recipe
 
-MENUS = "name,price,id,text\nFern,4 €,1,Fern costs 4 €.\nMill,,2,The Mill.\nFern,4 €,3,For 4 €: Fern.\n"
-E2E = 'mr,ref\n"name[The Mill], eatType[pub]",The Mill is a pub.\nname[Fern],Fern.\n'
+MENUS = "name,price,id,text\nFern,4 €,1,Fern costs 4 €.\nMill,,2,Mill Inn.\nFern,4 €,3,For 4 €: Fern.\n"
+E2E = 'mr,ref\n"name[Mill Inn], eatType[pub]",Mill Inn is a pub.\nname[Fern],Fern.\n'
 TRIPLES = (
     '{"triples": ["a | r | b"], "lexs": [{"text": "A is b."}]}\n{"triples": ["c | s | d"], "lexs": [{"text": "D."}]}\n'
 )

@@ -19,7 +19,7 @@ from antefix.data.readers import READERS
 from antefix.errors import DataError
 
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real data sets are not here")
-MENUS = "name,price,text\nFern,4 €,Fern costs 4 €.\nMill,,The Mill.\n"
+MENUS = "name,price,text\nFern,4 €,Fern costs 4 €.\nMill,,Mill Inn.\n"
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
@@ -70,7 +70,7 @@ class TestRealSets:
     def test_an_e2e_row(self) -> None:
         first = read(SHARED / "data/e2e_nlg/e2e-dataset.zip::devset.csv")[0]
         assert isinstance(first.source, Table)
-        assert first.source.fields == (("name", "Alimentum"), ("area", "city centre"), ("familyFriendly", "no"))
+        assert [field for field, _ in first.source.fields] == ["name", "area", "familyFriendly"]
         assert first.where.endswith("e2e-dataset.zip::devset.csv, line 2")
 
     @needs_shared
@@ -97,13 +97,13 @@ class TestShapes:
     def test_e2e_rows_with_one_meaning_are_one_example(self, tmp_path: Path) -> None:
         text = (
             "mr,ref\r\n"
-            '"name[The Mill], near[Café]","Two\nlines."\r\n'
+            '"name[Mill Inn], near[Café]","Two\nlines."\r\n'
             "name[Fern],Fern.\r\n"
-            '"name[The Mill], near[Café]","By the café, ""The Mill""."\r\n'
+            '"name[Mill Inn], near[Café]","By the café, ""Mill Inn""."\r\n'
         )
         mill, fern = read(write(tmp_path, "e2e.csv", text))
-        assert mill.source == Table((("name", "The Mill"), ("near", "Café")))
-        assert mill.targets == ("Two\nlines.", 'By the café, "The Mill".')
+        assert mill.source == Table((("name", "Mill Inn"), ("near", "Café")))
+        assert mill.targets == ("Two\nlines.", 'By the café, "Mill Inn".')
         assert fern.where.endswith("e2e.csv, line 4")
 
     def test_e2e_without_references(self, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
         "a.jsonl", ROW + '{"source": "c"}\n', "a.jsonl, line 2: this row has no target, "),
     "a row with another source": (
         "a.jsonl", ROW + '{"src": "c", "target": "b"}\n', "a.jsonl, line 2: this row's source is of another kind than"),
-    "no meaning": ("a.csv", "mr,ref\nThe Mill,b\n", "a.csv, line 2: 'The Mill' is no meaning like name[The Mill], foo"),
+    "no meaning": ("a.csv", "mr,ref\nMill Inn,b\n", "a.csv, line 2: 'Mill Inn' is no meaning like name[Mill Inn], foo"),
     "no triple": ("a.jsonl", '{"triples": ["a | b"], "lexs": []}', "a.jsonl, line 1: 'a | b' is no triple 'subject |"),
     "no triples": ("a.jsonl", '{"triples": [], "lexs": []}', "a.jsonl, line 1: there is no triple in the list"),
     "triples that are none": ("a.jsonl", '{"triples": "x"}', "a.jsonl, line 1: triples must be a list, this is a text"),

@@ -82,7 +82,7 @@ def _show(report: Report) -> None:
     out.print(_table(report))
     for name, comparison in report.comparison.items():
         if comparison.note:
-            out.print(f"{name}: {comparison.note}", highlight=False)
+            out.print(f"{name}: {comparison.note}", highlight=False, soft_wrap=True)
 
 
 def _table(report: Report) -> Table:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def generate(
     source: Annotated[
         str | None,
-        typer.Argument(help="One source: `name[The Eagle], food[French]`, `name: The Eagle`, or plain text."),
+        typer.Argument(help="One source: `name[Fern Hill], food[French]`, `name: Fern Hill`, or plain text."),
     ] = None,
     prefix: Annotated[
         Path | None, typer.Option("--prefix", "-p", help="A kept prefix; without: the bare base.")

@@ -191,7 +191,7 @@ _MEANING_FIELD = re.compile(r"\s*([^\[\],|:]+)\[([^\]]*)\]\s*(?:,|$)")
 
 
 def parse_table(text: str) -> Table | None:
-    """`name[The Eagle], food[French]` (E2E's own notation) as a table; None if the text is something else."""
+    """`name[Fern Hill], food[French]` (E2E's own notation) as a table; None if the text is something else."""
     fields, position = [], 0
     while position < len(text):
         match = _MEANING_FIELD.match(text, position)
@@ -217,7 +217,7 @@ def parse_source(text: str, text_format: TextFormat) -> Source:
     source: Source | None
     if LINEARISATIONS[text_format.linearise].kind is Table:
         source = parse_table(text) or _table_of(_json(text) or _piped(text, num_parts=2))
-        shown = "table: write name[The Eagle], food[French] or name: The Eagle | food: French"
+        shown = "table: write name[Fern Hill], food[French] or name: Fern Hill | food: French"
     else:
         source = _triples_of(_json(text) or _piped(text, num_parts=3))
         shown = "list of triples: write subject : relation : object | subject : relation : object"

@@ -1,7 +1,7 @@
 """The official E2E NLG csv (Novikova et al. 2017, CC BY-SA 4.0): 42,061 training rows, 4,672 dev, 4,693 test.
 
     mr,ref
-    "name[The Mill], eatType[pub], near[Café Sicilia]","The Mill is a pub near Café Sicilia."
+    "name[Mill Inn], eatType[pub], near[Fern Hill]","Mill Inn is a pub near Fern Hill."
 
 The test file without references has the one column MR.
 """
@@ -26,7 +26,7 @@ def examples(rows: Rows) -> Iterator[Example]:
             tables[meaning] = parse_table(meaning)
         table = tables[meaning]
         if table is None:
-            raise DataError(f"{where}: '{meaning[:60]}' is no meaning like name[The Mill], food[French]")
+            raise DataError(f"{where}: '{meaning[:60]}' is no meaning like name[Mill Inn], food[French]")
         targets = (text_of(lowered, "ref", where),) if "ref" in lowered else ()
         yield Example(source=table, targets=targets, where=where)
 
