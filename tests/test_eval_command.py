@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
-from conftest import SHARED
+from conftest import SHARED, tiny_model
+from test_prefix_file import tiny_prefix
 from typer.testing import CliRunner
 
 from antefix.cli import app
-from antefix.errors import AntefixError, DataError, MetricError
+from antefix.errors import AntefixError, DataError, MetricError, PrefixFileError
 from antefix.metrics import METRICS, load, score
 from antefix.metrics.tokens_ptb import have_java
+from antefix.prefix import Prefix
 
 MENUS = "name,price,open,text\nFern,£4,yes,Fern costs £4.\nMill,£9,no,Mill Inn is £9.\nFern,£4,yes,For £4: Fern.\n"
 TEXTS = ["Fern costs £4.", "Mill Inn asks 7 pounds."]
@@ -186,3 +189,26 @@ def test_help_names_every_metric() -> None:
     output = " ".join(run("--help").stdout.replace("│", " ").split())
     assert ", ".join(METRICS) in output
     assert "Example" in output
+
+
+def test_scores_are_recorded_on_the_card_of_the_prefix_that_wrote_the_texts(folder: Path) -> None:
+    prefix = tiny_prefix(tiny_model("gpt2"), scores={"dev": [{"step": 1, "dev_loss": 2.0}]})
+    prefix.save("menus")
+    run(*FILES, "--metrics", "bleu", "--record", "menus")
+    kept = Prefix.load("menus")
+    assert kept.card.scores == {
+        "dev": [{"step": 1, "dev_loss": 2.0}],
+        "test": {
+            "references": "menus.csv",
+            "inputs": 2,
+            "reference_texts": 3,
+            "scores": score(REFERENCES, TEXTS, ["bleu"]),
+            "versions": {"bleu": load("bleu").VERSION},
+        },
+    }
+    assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in prefix.tensors.items())
+
+
+def test_a_card_is_looked_for_before_anything_is_scored() -> None:
+    with pytest.raises(PrefixFileError, match=r"nowhere/card\.json: no such file"):
+        run(*FILES, "--record", "nowhere")

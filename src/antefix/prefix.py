@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +96,10 @@ class Prefix:
         found = method_class(self.card.method)
         config = found.Config.model_validate(self.card.config)
         return found.restore(find_sites(model), config, self.tensors)
+
+    def with_scores(self, name: str, scores: dict[str, Any]) -> Prefix:
+        """The same prefix, its card telling these scores too (`test`: what it scored on the test set)."""
+        return replace(self, card=self.card.model_copy(update={"scores": {**self.card.scores, name: scores}}))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the folder, atomically.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,6 +35,10 @@ def evaluate(
     fields: Annotated[
         bool, typer.Option("--fields", help="Also count the table values that texts leave out or make up.")
     ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="PREFIX", help="Write the scores onto the card of the prefix that wrote the texts."),
+    ] = None,
     resamples: Annotated[int, typer.Option(min=1, help="Draws of the bootstrap in --compare.")] = RESAMPLES,
     seed: Annotated[int, typer.Option(min=0, help="The seed of these draws.")] = 0,
     as_json: Json = False,
@@ -48,9 +53,16 @@ def evaluate(
     `antefix eval --references menus.csv --hypotheses texts.jsonl --metrics bleu,nist --fields`
 
     `antefix eval --references references.txt --hypotheses new.txt --compare old.txt`
+
+    `antefix eval --references test.csv --hypotheses texts.jsonl --record bank/menus`
     """
     from antefix.metrics.report import measure
 
+    prefix = None
+    if record is not None:
+        from antefix.prefix import Prefix
+
+        prefix = Prefix.load(record)
     out = console()
     with out.status("scoring"):
         report = measure(
@@ -63,6 +75,9 @@ def evaluate(
             resamples=resamples,
             seed=seed,
         )
+    if prefix is not None and record is not None:
+        prefix.with_scores("test", report.to_card()).save(record, overwrite=True)
+        out.print(f"recorded on the card of {record}", highlight=False, soft_wrap=True)
     if report.left_out:
         out.print(f"left out, as they need Java and there is none: {', '.join(report.left_out)}", highlight=False)
     if as_json:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from antefix.errors import MetricError
@@ -42,6 +43,12 @@ class Report:
     """Name of the metric -> the first system against the second; empty where there is one."""
     left_out: tuple[str, ...]
     """Metrics that nobody asked for by name, and that need Java, which is not there."""
+
+    def to_card(self) -> dict[str, Any]:
+        """What a prefix's card says of its texts: the first system's scores, on what, and how they were measured."""
+        content = self.to_dict()
+        kept = {name: content[name] for name in ("inputs", "reference_texts", "scores", "versions")}
+        return {"references": Path(self.references).name, **kept}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the first system's `scores`, the second one under `compare`, the version of all that was done."""
