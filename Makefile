@@ -1,6 +1,9 @@
 # Every target does its own set-up: a virtual environment in .venv, torch first, then Antefix with tested versions.
 PYTHON ?= python3
 VENV ?= .venv
+# What pip is told to install as torch. On Linux PyPI's own is the CUDA build, some GB. For another one give a wheel, or
+# name and index: make demo TORCH='torch --index-url URL' (torch's own page has the URLs).
+TORCH ?= torch
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 WORKERS ?= 2
@@ -13,6 +16,7 @@ help:  ## Say what there is
 
 demo: $(VENV)/.run  ## Train a prefix on our own data and show what it changes (minutes)
 	$(BIN)/antefix demo
+	@echo "  source $(BIN)/activate       first: the command antefix lives there"
 
 test: $(VENV)/.dev  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not network"
@@ -29,6 +33,7 @@ types: $(VENV)/.dev  ## Check the types
 
 docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(BIN)/typer antefix.cli utils docs --name antefix --title "Commands" --output docs/commands.md > /dev/null
+	$(BIN)/python docs/generate_recipe_page.py > docs/recipe.md
 	$(BIN)/mkdocs build --strict --quiet
 
 check: lint types test docs  ## All of it
@@ -40,7 +45,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Antefix needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 2; }
 	@echo "setting up $(VENV) (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) torch
+	@$(PIP) $(TORCH)
 	@$(PIP) -e .
 	@touch $@
 

@@ -24,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE / "work" / "e2e_1000"
 RESULTS = HERE.parent / "results" / "e2e_1000"
 RECIPE = HERE.parent / "recipes" / "e2e_1000.toml"
+COMMIT_FILE = WORK / "commit.txt"
+"""Of Antefix when the work was begun: the code that trained."""
 BASE = "smollm2-135m"
 DEV_SOURCES = 32
 INSTRUCTIONS = (
@@ -41,6 +43,8 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
 
+    if not COMMIT_FILE.exists():
+        COMMIT_FILE.write_text(commit(), encoding="utf-8")
     prefix = WORK / "bank" / "e2e_1000"
     if not prefix.is_dir():
         command("train", str(RECIPE), f"data.train={train}", f"data.dev={dev}")
@@ -89,12 +93,11 @@ def bare_texts(name: str, instruction: str, data: str, num_beams: int = 1, limit
 
 def keep(name: str, texts: Path, references: str) -> None:
     """Score all five metrics and the fields, and keep the figures."""
-    if (RESULTS / f"{name}.json").exists():
-        return
     found = command_json("eval", "--references", references, "--hypotheses", str(texts), "--fields")
     found["fields"].pop("texts")
     found |= {"references": references.rpartition("/")[2], "hypotheses": texts.name}
-    write(name, found | {"commit": commit(), "python": platform.python_version(), "machine": platform.machine()})
+    about = {"commit": COMMIT_FILE.read_text(encoding="utf-8"), "python": platform.python_version()}
+    write(name, found | about | {"machine": platform.machine()})
 
 
 def keep_card(prefix: Path) -> None:
@@ -109,7 +112,7 @@ def write(name: str, content: dict[str, Any]) -> None:
 
 
 def commit() -> str:
-    """Of Antefix, when this was measured."""
+    """Of Antefix."""
     return subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=HERE, check=True, stdout=subprocess.PIPE, text=True
     ).stdout.strip()

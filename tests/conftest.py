@@ -1,23 +1,45 @@
-"""Tiny, lopsided models of real architectures, built from their configs: no download, unlike dimensions."""
+"""Tiny, lopsided models of real architectures, built from their configs: no download, unlike dimensions.
+
+Every test is sealed off, and so is every process it starts: the user's folders are out of sight, each test has a home
+of its own, and there is no network but this machine, unless the test is marked `network`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before anything is imported that looks at these only once; `own_home` gives every test its own.
+os.environ["HOME"] = tempfile.mkdtemp(prefix="antefix-tests-")
+os.environ["ANTEFIX_HOME"] = os.path.join(os.environ["HOME"], "antefix")
+os.environ["XDG_CACHE_HOME"] = os.path.join(os.environ["HOME"], ".cache")
+os.environ["XDG_CONFIG_HOME"] = os.path.join(os.environ["HOME"], ".config")
+os.environ["HF_HOME"] = os.path.join(os.environ["HOME"], "hub")
+os.environ["MPLCONFIGDIR"] = os.path.join(os.environ["HOME"], "matplotlib")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from antefix.base import Base
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodModule
+
+SEALED = Path(os.environ["HOME"])
+"""What belongs to no single test; gone when the tests are over."""
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 """Real data that is not part of the repository; tests that need it are skipped where it is absent."""
@@ -25,6 +47,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 VOCABULARY = 263
 CONTEXT = 512
 LAYERS, HEADS, GROUPS, WIDTH = 3, 6, 2, 8
+SPECIAL = ("<pad>", "<s>", "</s>")
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": HEADS * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
@@ -99,11 +122,23 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, with the models' pad, begin and end tokens and a chat template."""
-    special = ["<pad>", "<s>", "</s>"]
     alphabet = sorted(ByteLevel.alphabet())
-    made = Tokenizer(BPE({token: n for n, token in enumerate([*special, *alphabet])}, []))
+    made = Tokenizer(BPE({token: n for n, token in enumerate([*SPECIAL, *alphabet])}, []))
     made.pre_tokenizer = ByteLevel(add_prefix_space=False)
     made.decoder = ByteLevelDecoder()
+    return _with_template(made)
+
+
+def word_tokenizer(texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a word: the most frequent ones of these texts, and w0, w1, ... up to the models' vocabulary."""
+    counted = Counter(word for text in texts for word in text.split())
+    words = [*SPECIAL, *(word for word, _ in counted.most_common()), *(f"w{n}" for n in range(VOCABULARY))]
+    made = Tokenizer(WordLevel({word: n for n, word in enumerate(words[:VOCABULARY])}, unk_token="<pad>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return _with_template(made)
+
+
+def _with_template(made: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
     )
@@ -149,6 +184,15 @@ METHOD_CONFIGS: dict[str, dict[str, Any]] = {
 }
 """For every method of the table a config under which it matters from the start, on any tiny model."""
 
+METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "prefix_tuning": {
+        "short": {"num_virtual_tokens": 2},
+        "network": {"parametrisation": "network", "hidden_width": 9},
+        "linear, dropout, frozen sink": {"parametrisation": "linear", "dropout": 0.3, "freeze_first": True},
+    },
+}
+"""For every method the changes to METHOD_CONFIGS under which it is swept; the first makes a prefix of another size."""
+
 
 def tiny_method(base: Base, method: str = "prefix_tuning", seed: int = 1, **config: Any) -> MethodModule:
     """A random prefix under a method, trainable; `config` changes METHOD_CONFIGS."""
@@ -157,9 +201,24 @@ def tiny_method(base: Base, method: str = "prefix_tuning", seed: int = 1, **conf
     return found.build(base, found.Config.model_validate({**METHOD_CONFIGS[method], **config}))
 
 
+def tiny_pair(base: Base, method: str = "prefix_tuning", **config: Any) -> tuple[MethodModule, MethodModule]:
+    """Two random prefixes of unlike sizes, to be mixed in a batch."""
+    other = next(iter(METHOD_VARIANTS[method].values()))
+    return tiny_method(base, method, **config), tiny_method(base, method, seed=2, **{**other, **config})
+
+
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(
+    params=[(method, name) for method, variants in METHOD_VARIANTS.items() for name in variants], ids="-".join
+)
+def variant(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """A method and the changes to its METHOD_CONFIGS."""
+    method, name = request.param
+    return method, METHOD_VARIANTS[method][name]
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -167,7 +226,52 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def close_the_network() -> None:
+    """From here on, whoever looks beyond this machine in this process gets a RuntimeError."""
+    import os
+    import sys
+
+    def refuse(event: str, arguments: tuple[object, ...]) -> None:
+        if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+            # No tuple: a socket in the file system, or one that is connected already.
+            host = arguments[1][0] if isinstance(arguments[1], tuple) else None
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+            host = arguments[0]
+        else:
+            return
+        name = host.decode() if isinstance(host, bytes) else str(host or "localhost")
+        is_here = name.startswith("127.") or name in ("localhost", "::1", "0.0.0.0")
+        if not is_here and "ANTEFIX_TESTS_NETWORK" not in os.environ:
+            raise RuntimeError(f"the network is closed to tests ({name}): mark the test `network` if it needs one")
+
+    sys.addaudithook(refuse)
+
+
+def pytest_configure() -> None:
+    """Close the network here, and in every Python that a test starts."""
+    close_the_network()
+    first = SEALED / "first"
+    first.mkdir()
+    source = f"{inspect.getsource(close_the_network)}\n\nclose_the_network()\n"
+    (first / "sitecustomize.py").write_text(source, encoding="utf-8")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(first), os.environ.get("PYTHONPATH")]))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(SEALED, ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees, or writes into, the user's own folders."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def own_home(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The test's own, new HOME and ANTEFIX_HOME."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("ANTEFIX_HOME", str(home / "antefix"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / ".config"))
+    if request.node.get_closest_marker("network") is not None:
+        monkeypatch.setenv("ANTEFIX_TESTS_NETWORK", "1")
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+    return home

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, DECODER_ONLY, is_output, tiny_base, tiny_batch, tiny_method, tiny_model
+from conftest import ARCHITECTURES, DECODER_ONLY, is_output, tiny_base, tiny_batch, tiny_method, tiny_model, tiny_pair
 from torch import Tensor
 
 from antefix.attach import attach, attached, current_attachment
 from antefix.attention import reference
 from antefix.base import Base
 from antefix.errors import BaseModelError, PrefixError
+from antefix.methods import METHODS
 from antefix.methods.base import MethodModule
 from antefix.sites import find_sites
 
@@ -31,11 +32,6 @@ def name_of(base: Base) -> str:
     return base.name.removeprefix("tiny-")
 
 
-def two(base: Base) -> tuple[MethodModule, MethodModule]:
-    """Prefixes of unlike lengths."""
-    return tiny_method(base, num_virtual_tokens=5), tiny_method(base, num_virtual_tokens=2, seed=2)
-
-
 def logits(base: Base, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return base.model(**batch).logits
@@ -51,9 +47,9 @@ def row_slots(base: Base, modules: Sequence[MethodModule], rows: Sequence[int]) 
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("rows", [[0, 0, 0, 0], [1, -1, 0, 0]], ids=["shared", "mixed"])
-def test_attached_is_the_reference_at_every_site(base: Base, rows: list[int], padding: str) -> None:
+def test_attached_is_the_reference_at_every_site(base: Base, method: str, rows: list[int], padding: str) -> None:
     """Logits and the gradient of every slot."""
-    batch, modules = tiny_batch(name_of(base), padding), two(base)
+    batch, modules = tiny_batch(name_of(base), padding), tiny_pair(base, method)
     real = is_output(batch)
     results = []
     with attached(base.model, *modules, rows=rows):
@@ -70,12 +66,12 @@ def test_attached_is_the_reference_at_every_site(base: Base, rows: list[int], pa
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_without_a_prefix_every_bit_is_the_bases(base: Base, implementation: str) -> None:
+def test_without_a_prefix_every_bit_is_the_bases(base: Base, method: str, implementation: str) -> None:
     model, usual = base.model, base.model.config._attn_implementation
     if (name_of(base), implementation) == ("gemma2", "sdpa"):
         pytest.skip("its soft cap is beyond SDPA, with or without a prefix")
     model.set_attn_implementation(implementation)
-    batch, (first, second) = tiny_batch(name_of(base), "left"), two(base)
+    batch, (first, second) = tiny_batch(name_of(base), "left"), tiny_pair(base, method)
     bare = logits(base, batch)
     state = list(model.state_dict())
     attachment = attach(model, first, second, rows=[-1, -1, -1, -1])
@@ -92,8 +88,11 @@ def test_without_a_prefix_every_bit_is_the_bases(base: Base, implementation: str
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_a_batch_equals_its_rows_alone_in_any_order(base: Base, padding: str) -> None:
-    name, modules, rows = name_of(base), two(base), [1, -1, 0, 1]
+def test_a_batch_equals_its_rows_alone_in_any_order(base: Base, method: str, padding: str) -> None:
+    """Mixed with the prefixes of every other method, the last of them in the last row."""
+    name, others = name_of(base), [tiny_method(base, other) for other in METHODS if other != method]
+    modules = [*tiny_pair(base, method), *others]
+    rows = [1, -1, 0, len(modules) - 1]
     if (name, padding) == ("bart", "left"):
         pytest.skip("BART's encoder counts padding as positions, with or without a prefix")
     batch = tiny_batch(name, padding)
@@ -116,9 +115,9 @@ def test_a_batch_equals_its_rows_alone_in_any_order(base: Base, padding: str) ->
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
-def test_a_bfloat16_base_carries_a_float32_prefix(name: str) -> None:
+def test_a_bfloat16_base_carries_a_float32_prefix(name: str, method: str) -> None:
     wide, narrow = tiny_base(name), Base(tiny_model(name, torch.bfloat16), tiny_base(name).tokenizer, name)
-    module, batch = tiny_method(wide), tiny_batch(name, "right")
+    module, batch = tiny_method(wide, method), tiny_batch(name, "right")
     real = is_output(batch)
     with attached(narrow.model, module), attached(wide.model, module):
         rounded, exact = narrow.model(**batch).logits[real], logits(wide, batch)[real]
@@ -134,7 +133,7 @@ def llama() -> Base:
 
 
 def test_a_second_attachment_takes_over_and_gives_back(llama: Base) -> None:
-    batch, (first, second) = tiny_batch("llama"), two(llama)
+    batch, (first, second) = tiny_batch("llama"), tiny_pair(llama)
     bare = logits(llama, batch)
     outer = attach(llama.model, first)
     with_first = logits(llama, batch)
@@ -150,7 +149,7 @@ def test_a_second_attachment_takes_over_and_gives_back(llama: Base) -> None:
 
 
 def test_an_exception_leaves_nothing_behind(llama: Base) -> None:
-    batch, (first, _) = tiny_batch("llama"), two(llama)
+    batch, (first, _) = tiny_batch("llama"), tiny_pair(llama)
     bare = logits(llama, batch)
     broken = llama.model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), attached(llama.model, first):
@@ -161,7 +160,7 @@ def test_an_exception_leaves_nothing_behind(llama: Base) -> None:
 
 def test_an_interrupted_pass_is_forgotten(llama: Base) -> None:
     """Ctrl-C in a notebook: the next pass must see the slots as they are then."""
-    batch, (module, _) = tiny_batch("llama"), two(llama)
+    batch, (module, _) = tiny_batch("llama"), tiny_pair(llama)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -182,7 +181,7 @@ def test_an_interrupted_pass_is_forgotten(llama: Base) -> None:
 
 
 def test_a_copy_of_an_attached_model_is_attached_by_itself(llama: Base) -> None:
-    batch, (module, _) = tiny_batch("llama"), two(llama)
+    batch, (module, _) = tiny_batch("llama"), tiny_pair(llama)
     bare = logits(llama, batch)
     with attached(llama.model, module):
         twin = copy.deepcopy(llama.model)
@@ -196,7 +195,7 @@ def test_a_copy_of_an_attached_model_is_attached_by_itself(llama: Base) -> None:
 
 
 def test_a_mask_that_is_written_into_counts_anew(llama: Base) -> None:
-    module, _ = two(llama)
+    module, _ = tiny_pair(llama)
     batch = tiny_batch("llama")
     mask = torch.ones(4, 1, 9, 9, dtype=torch.bool).tril()
     with attached(llama.model, module), torch.no_grad():
@@ -243,7 +242,7 @@ def test_bases_that_do_not_count_from_0_refuse_to_shift(name: str) -> None:
 
 
 def test_what_does_not_fit_is_said(llama: Base) -> None:
-    first, second = two(llama)
+    first, second = tiny_pair(llama)
     with pytest.raises(PrefixError, match="nothing to attach"):
         attach(llama.model)
     with attached(llama.model, first, second) as attachment:
@@ -268,6 +267,41 @@ def test_what_does_not_fit_is_said(llama: Base) -> None:
 
 
 def test_scores_that_the_merge_does_not_know_are_refused(llama: Base) -> None:
-    module, _ = two(llama)
+    module, _ = tiny_pair(llama)
     with attached(llama.model, module), pytest.raises(BaseModelError, match="its attention takes 'sinks'"):
         llama.model(**tiny_batch("llama"), sinks=torch.zeros(1))
+
+
+def text_as_prefix(base: Base, text: str, positions: str) -> MethodModule:
+    return tiny_method(base, initial="text", initial_text=text, num_virtual_tokens=None, positions=positions)
+
+
+def in_context(base: Base, prefix: str, text: str) -> Tensor:
+    ids = base.tokenizer(prefix + text)["input_ids"]
+    with torch.no_grad():
+        return base.model(torch.tensor([ids])).logits[0, len(prefix) :]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("positions", ["shifted", "in_place"])
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_a_text_as_prefix_is_the_text_in_context(name: str, positions: str, padding: str) -> None:
+    """Mixed prefixes, each row shorter than the smallest window; the slots of rotary bases stand before position 0."""
+    base = tiny_base(name)
+    if positions == "in_place" and find_sites(base.model).positions == "absolute":
+        pytest.skip("learned positions: a text before position 0 has none")
+    is_sliding = getattr(base.model.config, "sliding_window", None) is not None
+    prefixes, texts = (
+        (["ab", "q", ""], ["xy", "yzz", "z"]) if is_sliding else (["abcde", "qr", ""], ["xyzv", "yz", "zzy"])
+    )
+    modules = [text_as_prefix(base, p, positions) for p in prefixes if p]
+    base.tokenizer.padding_side = padding
+    batch = base.tokenizer(texts, return_tensors="pt", padding=True)
+    mask = batch["attention_mask"]
+    with torch.no_grad(), attached(base.model, *modules, rows=[0, 1, -1]):
+        found = base.model(
+            batch["input_ids"], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        ).logits
+    for row, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):
+        difference = found[row][mask[row].bool()] - in_context(base, prefix, text)
+        assert float(difference.abs().max()) < 1e-4

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, DECODER_ONLY, ENCODER_DECODER, tiny_base, tiny_batch, tiny_method
+from conftest import CONTEXT, DECODER_ONLY, ENCODER_DECODER, tiny_base, tiny_batch, tiny_method, tiny_pair
 from torch import Tensor, nn
 
 from antefix.attach import Attachment, attached
@@ -23,10 +23,8 @@ def base(request: pytest.FixtureRequest) -> Base:
     return tiny_base(request.param)
 
 
-def mixed(base: Base, positions: str = "in_place") -> Any:
-    modules = [
-        tiny_method(base, num_virtual_tokens=p, seed=p, positions=positions).requires_grad_(False) for p in (5, 2)
-    ]
+def mixed(base: Base, method: str = "prefix_tuning", **config: Any) -> Any:
+    modules = [module.requires_grad_(False) for module in tiny_pair(base, method, **config)]
     return attached(base.model, *modules, rows=ROWS)
 
 
@@ -68,10 +66,10 @@ def by_full_passes(base: Base, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_greedy_decoding_is_full_passes(base: Base, cache: str | None) -> None:
+def test_greedy_decoding_is_full_passes(base: Base, method: str, cache: str | None) -> None:
     """The growing cache of Mistral and the Gemmas slides, with windows shorter than the text."""
     batch = prompts(base)
-    with mixed(base):
+    with mixed(base, method):
         wanted = by_full_passes(base, batch)
         assert torch.equal(written(base, batch, cache_implementation=cache, disable_compile=True), wanted)
     assert not torch.equal(wanted, by_full_passes(base, batch)), "the prefixes change what is written"
@@ -81,16 +79,16 @@ def test_greedy_decoding_is_full_passes(base: Base, cache: str | None) -> None:
 def test_greedy_decoding_with_shifted_positions(name: str) -> None:
     base = tiny_base(name)
     batch = prompts(base)
-    with mixed(base, "shifted"):
+    with mixed(base, positions="shifted"):
         assert torch.equal(written(base, batch), by_full_passes(base, batch))
 
 
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"do_sample": True, "temperature": 3.0}], ids=["beams", "sampling"]
 )
-def test_beams_and_sampling_are_the_same_without_a_cache(base: Base, options: dict[str, Any]) -> None:
+def test_beams_and_sampling_are_the_same_without_a_cache(base: Base, method: str, options: dict[str, Any]) -> None:
     batch = prompts(base)
-    with mixed(base):
+    with mixed(base, method):
         texts = []
         for use_cache in (True, False):
             torch.manual_seed(5)
@@ -98,9 +96,9 @@ def test_beams_and_sampling_are_the_same_without_a_cache(base: Base, options: di
     assert torch.equal(*texts)
 
 
-def test_beams_write_for_a_batch_what_they_write_for_its_rows(base: Base) -> None:
+def test_beams_write_for_a_batch_what_they_write_for_its_rows(base: Base, method: str) -> None:
     batch = prompts(base)
-    with mixed(base) as attachment:
+    with mixed(base, method) as attachment:
         together = written(base, batch, num_beams=3)
         assert isinstance(attachment, Attachment)
         for row, index in enumerate(ROWS):
@@ -111,20 +109,20 @@ def test_beams_write_for_a_batch_what_they_write_for_its_rows(base: Base) -> Non
 
 
 @pytest.mark.parametrize("guess", ["prompt lookup", "assistant"])
-def test_guessing_ahead_changes_nothing(base: Base, guess: str) -> None:
+def test_guessing_ahead_changes_nothing(base: Base, method: str, guess: str) -> None:
     batch = {key: value[:1] for key, value in prompts(base).items()}
     batch["input_ids"] = batch["input_ids"].repeat(1, 2)
     batch["attention_mask"] = batch["attention_mask"].repeat(1, 2)
     assistant = tiny_base(base.name.removeprefix("tiny-")).model
     options = {"prompt_lookup_num_tokens": 3} if guess == "prompt lookup" else {"assistant_model": assistant}
-    with mixed(base) as attachment:
+    with mixed(base, method) as attachment:
         attachment.rows = [0]
         wanted = by_full_passes(base, batch)
         assert torch.equal(written(base, batch, **options), wanted)
 
 
-def test_a_trainable_prefix_decodes_as_its_kept_self(base: Base) -> None:
-    batch, module = prompts(base), tiny_method(base)
+def test_a_trainable_prefix_decodes_as_its_kept_self(base: Base, method: str) -> None:
+    batch, module = prompts(base), tiny_method(base, method)
     with attached(base.model, module):
         trained = written(base, batch)
     with attached(base.model, module.requires_grad_(False)):

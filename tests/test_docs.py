@@ -6,6 +6,7 @@ A page's python and bash examples run in order, in one folder, with a tiny model
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -119,3 +120,20 @@ def test_the_public_names_are_those_of_the_python_page() -> None:
     assert named == set(antefix.__all__)
     assert all(getattr(antefix, name) is not None for name in antefix.__all__)
     assert len(antefix.__all__) <= 26
+
+
+def test_the_recipe_page_is_what_the_models_say() -> None:
+    made = subprocess.run(
+        [sys.executable, ROOT / "docs" / "generate_recipe_page.py"], capture_output=True, text=True, check=True
+    ).stdout
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").strip() == made.strip(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "results.md"], ids=lambda page: page.name)
+def test_figures_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in ("bare", "prefix"):
+        found = json.loads((ROOT / "results" / "e2e_1000" / f"{name}.json").read_text(encoding="utf-8"))
+        cells = [f"{found['scores'][metric]:.4f}" for metric in ("bleu", "nist", "meteor", "rouge_l", "cider")]
+        cells += [f"{100 * found['fields']['missing_share']:.1f} %", f"{100 * found['fields']['added_share']:.2f} %"]
+        assert f"| {' | '.join(cells)} |" in text

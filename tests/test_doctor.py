@@ -174,3 +174,30 @@ def test_the_commands_mistakes_are_one_line(tmp_path: Path) -> None:
         2,
         "unknown dtype 'bfloat': did you mean 'bfloat16'? Known: auto, bfloat16, float16, float32",
     )
+
+
+def test_a_model_that_fails_in_any_way_is_a_diagnosis() -> None:
+    base = tiny_base("llama")
+    base.model.model.layers[1].mlp.forward = _fail
+    found = examine(base)
+    assert not found.can_carry_prefix
+    assert found.refusal == "running it failed: ZeroDivisionError: no such thing"
+
+
+def _fail(*args: object) -> None:
+    raise ZeroDivisionError("no such thing")
+
+
+def test_layers_with_a_state_of_their_own_are_no_failure() -> None:
+    """LFM2 has layers of convolutions between those of attention: a text's keys are not all that it remembers."""
+    config = transformers.Lfm2Config(
+        vocab_size=263, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=56, max_position_embeddings=512, layer_types=["conv", "full_attention", "conv"],
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Lfm2ForCausalLM(config).requires_grad_(False).eval()
+    found = examine(Base(model, tiny_tokenizer(), "lfm2"))
+    text = next(proof for proof in found.proofs if proof.name == "text")
+    assert (text.passed, text.reason) == (None, "some layers keep a state besides attention")
+    assert found.can_carry_prefix, found

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from conftest import DECODER_ONLY, METHOD_CONFIGS, is_output, tiny_base, tiny_batch, tiny_method
+from conftest import METHOD_CONFIGS, METHOD_VARIANTS, is_output, tiny_base, tiny_batch, tiny_method, tiny_pair
 from torch import Tensor
 
 from antefix.attach import attached
 from antefix.base import Base
 from antefix.methods import METHODS, method_class
-from antefix.methods.base import MethodModule
+from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.sites import find_sites
 from antefix.training.recompute import recomputing
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "network": {"parametrisation": "network", "hidden_width": 9},
-    "linear, dropout, frozen sink": {"parametrisation": "linear", "dropout": 0.3, "freeze_first": True},
-}
+Variant = tuple[str, dict[str, Any]]
+"""A method and the changes to its METHOD_CONFIGS."""
 
 
 def loss_of(base: Base, batch: dict[str, Tensor]) -> Tensor:
@@ -34,14 +31,20 @@ def snapshot(module: torch.nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in module.parameters()]
 
 
-def test_every_method_has_a_config_here() -> None:
-    assert METHOD_CONFIGS.keys() == METHODS.keys()
+def test_every_method_is_swept() -> None:
+    assert METHOD_CONFIGS.keys() == METHOD_VARIANTS.keys() == METHODS.keys()
+    assert all(METHOD_VARIANTS.values()), "a method without a variant would be passed over"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_all_of_the_prefix_moves_and_nothing_of_the_base(architecture: str, method: str, variant: str) -> None:
+def test_what_is_mixed_in_a_batch_is_of_unlike_sizes(method: str) -> None:
+    one, other = ([t.shape for t in m.kept_tensors().values()] for m in tiny_pair(tiny_base("llama"), method))
+    assert one != other
+
+
+def test_all_of_the_prefix_moves_and_nothing_of_the_base(architecture: str, variant: Variant) -> None:
+    method, changes = variant
     base = tiny_base(architecture)
-    module = tiny_method(base, method, **VARIANTS[variant]).train()
+    module = tiny_method(base, method, **changes).train()
     batch, weights = tiny_batch(architecture, "right"), snapshot(base.model)
     optimiser = torch.optim.Adam(module.parameters(), lr=1e-2)
     with attached(base.model, module):
@@ -74,12 +77,10 @@ def test_every_slot_of_every_site_gets_a_gradient(architecture: str, method: str
             assert bool((tensor.grad.abs().sum(dim=(0, 2)) > 0).all()), name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_recomputing_activations_changes_neither_loss_nor_gradients(
-    architecture: str, method: str, variant: str
-) -> None:
+def test_recomputing_activations_changes_neither_loss_nor_gradients(architecture: str, variant: Variant) -> None:
+    method, changes = variant
     base = tiny_base(architecture)
-    module = tiny_method(base, method, **VARIANTS[variant]).train()
+    module = tiny_method(base, method, **changes).train()
     batch = tiny_batch(architecture, "right")
 
     def one_pass() -> list[Tensor]:
@@ -99,54 +100,24 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_kept_says_what_was_trained(architecture: str, method: str, variant: str) -> None:
+def test_what_is_kept_says_what_was_trained(architecture: str, variant: Variant, tmp_path: Path) -> None:
+    """Restored from its tensors, and loaded from its folder."""
+    method, changes = variant
     base = tiny_base(architecture)
-    module = tiny_method(base, method, **VARIANTS[variant]).eval()
+    module = tiny_method(base, method, **changes).eval()
     batch = tiny_batch(architecture)
-    kept = module.kept_tensors()
+    tensors = module.kept_tensors()
     found = method_class(method)
-    config = found.Config.model_validate({**METHOD_CONFIGS[method], **VARIANTS[variant]})
-    restored = found.restore(find_sites(base.model), config, kept)
+    config = found.Config.model_validate({**METHOD_CONFIGS[method], **changes})
+    restored = found.restore(find_sites(base.model), config, tensors)
+    record = BaseRecord(name=base.name, fingerprint=base.fingerprint)
+    card = Card(method=method, config=config.model_dump(mode="json"), positions=module.positions, base=record)
+    loaded = Prefix.load(Prefix(module.kept_tensors(), card).save(tmp_path / "kept"))
     with torch.no_grad():
         with attached(base.model, module):
             trained = base.model(**batch).logits
-        with attached(base.model, restored):
-            assert torch.equal(base.model(**batch).logits, trained)
+        for again in (restored, loaded):
+            with attached(base.model, again):
+                assert torch.equal(base.model(**batch).logits, trained)
         assert not torch.equal(base.model(**batch).logits, trained)
-    assert all(torch.equal(t, kept[name]) for name, t in restored.kept_tensors().items())
-
-
-def text_as_prefix(base: Base, text: str, positions: str) -> MethodModule:
-    return tiny_method(base, initial="text", initial_text=text, num_virtual_tokens=None, positions=positions)
-
-
-def in_context(base: Base, prefix: str, text: str) -> Tensor:
-    ids = base.tokenizer(prefix + text)["input_ids"]
-    with torch.no_grad():
-        return base.model(torch.tensor([ids])).logits[0, len(prefix) :]
-
-
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("positions", ["shifted", "in_place"])
-@pytest.mark.parametrize("name", DECODER_ONLY)
-def test_a_text_as_prefix_is_the_text_in_context(name: str, positions: str, padding: str) -> None:
-    """Mixed prefixes, each row shorter than the smallest window; the slots of rotary bases stand before position 0."""
-    base = tiny_base(name)
-    if positions == "in_place" and find_sites(base.model).positions == "absolute":
-        pytest.skip("learned positions: a text before position 0 has none")
-    is_sliding = getattr(base.model.config, "sliding_window", None) is not None
-    prefixes, texts = (
-        (["ab", "q", ""], ["xy", "yzz", "z"]) if is_sliding else (["abcde", "qr", ""], ["xyzv", "yz", "zzy"])
-    )
-    modules = [text_as_prefix(base, p, positions) for p in prefixes if p]
-    base.tokenizer.padding_side = padding
-    batch = base.tokenizer(texts, return_tensors="pt", padding=True)
-    mask = batch["attention_mask"]
-    with torch.no_grad(), attached(base.model, *modules, rows=[0, 1, -1]):
-        found = base.model(
-            batch["input_ids"], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
-        ).logits
-    for row, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):
-        difference = found[row][mask[row].bool()] - in_context(base, prefix, text)
-        assert float(difference.abs().max()) < 1e-4
+    assert all(torch.equal(t, tensors[name]) for name, t in restored.kept_tensors().items())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_base
+from test_prefix_file import no_file_larger_than
 from typer.testing import CliRunner
 
 from antefix.attach import attached
@@ -15,9 +16,10 @@ from antefix.base import Base
 from antefix.cli import app
 from antefix.data import Example, Table
 from antefix.data.linearise import TextFormat
-from antefix.errors import AntefixError, DataError, GenerationError
+from antefix.decoding import Decoding
+from antefix.errors import AntefixError, BaseModelError, DataError, GenerationError
 from antefix.generated_file import GeneratedFile
-from antefix.generation import Decoding, default_decoding, generate, generate_each
+from antefix.generation import default_decoding, generate, generate_each
 from antefix.prefix import Prefix
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import train
@@ -175,6 +177,62 @@ def test_the_command_writes_one_text_a_file_and_standard_input(shop: Path, base:
     output = shop / "texts.txt"
     assert invoked(shop, "-i", str(shop / "menus.csv"), "-o", str(output)) == f"3 texts in {output}"
     assert output.read_text().splitlines() == [" ".join(t.split()) for t in expected]
+
+
+def test_sources_that_are_cut_are_counted(shop: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["generate", "-p", str(shop / "bank/menus"), "--base", str(shop / "base"), "-i", str(shop / "menus.csv"),
+              "-o", str(shop / "cut.txt"), "--text", "max_source_tokens=8"],
+    )  # fmt: skip
+    assert "cut to the text format's max_source_tokens: 2 sources" in result.stderr
+
+
+def test_line_ends_of_other_kinds_do_not_end_a_line(tmp_path: Path) -> None:
+    file = GeneratedFile(tmp_path / "texts.jsonl", ["task"])
+    texts = ["one\u2028two", "three\x85four", "five\rsix", "seven"]
+    for index, text in enumerate(texts):
+        file.add(index, text)
+    again = GeneratedFile(tmp_path / "texts.jsonl", ["task"])
+    assert list(again.texts.values()) == texts
+
+
+def test_a_full_disk_is_one_line_when_going_on(tmp_path: Path) -> None:
+    file = GeneratedFile(tmp_path / "texts.jsonl", ["task"])
+    for index in range(100):
+        file.add(index, "a text")
+    with no_file_larger_than(100), pytest.raises(GenerationError, match=r"texts.jsonl.partial: cannot be written \("):
+        GeneratedFile(tmp_path / "texts.jsonl", ["task"])
+    assert len(GeneratedFile(tmp_path / "texts.jsonl", ["task"]).texts) == 100
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoders_own_room_is_checked(name: str) -> None:
+    base = tiny_base(name)
+    generate(base, ["a"], decoding=Decoding(max_new_tokens=3))
+    if base.context_length is not None:
+        with pytest.raises(GenerationError, match="max_new_tokens 512 do not fit into the context of 512 tokens"):
+            generate(base, ["a"], decoding=Decoding(max_new_tokens=512))
+
+
+def test_an_encoder_writes_no_text() -> None:
+    with pytest.raises(BaseModelError, match=r"the base 'tiny-bert' \(BertForMaskedLM\) writes no text"):
+        generate(tiny_base("bert"), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"cache_implementation": "foo"}, "cache_implementation"),
+        ({"prompt_lookup_num_tokens": 3, "num_beams": 2}, "works without beams only"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens 9 is more than max_new_tokens 8"),
+    ],
+)
+def test_decoding_that_makes_no_sense_is_refused(content: dict[str, object], message: str, shop: Path) -> None:
+    words = [word for key, value in content.items() for word in ("--set", f"{key}={value}")]
+    said = invoked(shop, "name: x", "--set", "num_beams=1", *words)
+    assert said.startswith("RecipeError: ")
+    assert message in said
+    assert "\n" not in said
 
 
 def test_the_commands_mistakes_are_one_line(shop: Path) -> None:

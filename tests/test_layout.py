@@ -24,7 +24,7 @@ LAYERS = [
     {"sites"},
     {"attention"},
     {"base"},
-    {"embedded", "fingerprint", "data", "metrics", "settings", "tensor_file"},
+    {"embedded", "fingerprint", "data", "decoding", "metrics", "settings", "tensor_file"},
     {"atomic", "pace", "strict_json"},
     {"errors"},
 ]
@@ -36,38 +36,68 @@ def piece_of(path: Path) -> str:
 
 
 def layer_of(piece: str) -> int:
-    return next(n for n, layer in enumerate(LAYERS) if piece in layer)
+    found = [n for n, layer in enumerate(LAYERS) if piece in layer]
+    assert len(found) == 1, f"'{piece}' has no layer of its own in LAYERS"
+    return found[0]
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "antefix":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("antefix."):
-            assert node.module is not None
-            found.add(node.module.split(".")[1])
-    return found
+def imports_of(source: str) -> set[str]:
+    """The pieces of antefix that a file imports, wherever in it and in whatever way."""
+    paths = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            paths += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports say from where: `from antefix.x import y`"
+            paths += [f"{node.module}.{alias.name}" for alias in node.names]
+    found = {path.split(".")[1] for path in paths if path.startswith("antefix.")}
+    return found | ({"antefix"} if "antefix" in paths else set())
 
 
 FILES = [p for p in sorted(SOURCE.rglob("*.py")) if p != SOURCE / "__init__.py"]
+IMPORTS = {path: imports_of(path.read_text(encoding="utf-8")) for path in FILES}
+
+BESIDE = {("metrics", "data")}
+"""Exceptions, each with its reason. Scores read a table's fields and a data file's references."""
+
+
+def goes_down(here: str, other: str) -> bool:
+    return other == here or layer_of(other) > layer_of(here)
+
+
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [
+        ("from antefix import bank, sites as s", {"bank", "sites"}),
+        ("from antefix.training.loop import StepReport", {"training"}),
+        ("import antefix.cli, os", {"cli"}),
+        ("import antefix.training.run as run", {"training"}),
+        ("def later():\n    import antefix.cli.demo", {"cli"}),
+        ("import antefix", {"antefix"}),
+        ("import os.path\nfrom torch import nn\nimport antefix_tools.x", set()),
+    ],
+)
+def test_every_form_of_import_is_seen(statement: str, found: set[str]) -> None:
+    assert imports_of(statement) == found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_go_downwards(path: Path) -> None:
     here = piece_of(path)
-    for other in imports_of(path) - {here}:
-        assert layer_of(other) > layer_of(here) or (here, other) in BESIDE, f"{here} must not import {other}"
+    for other in IMPORTS[path]:
+        assert goes_down(here, other) or (here, other) in BESIDE, f"{here} must not import {other}"
 
 
-BESIDE = {("metrics", "data"), ("doctor", "training"), ("demo", "training")}
-"""Scores read a table's fields and a data file's references."""
+def test_no_layer_and_no_exception_outlives_its_use() -> None:
+    assert {piece for layer in LAYERS for piece in layer} == {piece_of(path) for path in FILES}
+    used = {(piece_of(path), other) for path, imports in IMPORTS.items() for other in imports}
+    assert {pair for pair in used if not goes_down(*pair)} == BESIDE
 
 
 def test_data_and_metrics_know_nothing_of_prefixes() -> None:
     for path in FILES:
         if piece_of(path) in ("data", "metrics"):
-            assert imports_of(path) <= {"data", "metrics", "errors", "atomic", "settings"}, path
+            assert IMPORTS[path] <= {"data", "metrics", "errors", "atomic", "settings"}, path
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:

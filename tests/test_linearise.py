@@ -1,4 +1,4 @@
-"""How sources become text and tokens: letter for letter, the same in training, generation and serving."""
+"""How sources become text and tokens: letter for letter, the same in training and generation."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from antefix.fingerprint import fingerprint
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.initial import random_slots
 from antefix.parts.key_value import DirectSlots
-from antefix.prefix import BaseRecord, Card, Prefix, kept
+from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.sites import find_sites
 
 DATA = Path(__file__).parent / "data"
@@ -54,7 +54,7 @@ def tiny_prefix(model: PreTrainedModel, num_slots: int = 4, **more: Any) -> Pref
     torch.manual_seed(0)
     sites = find_sites(model).attention
     module = PrefixTuning(config, DirectSlots(sites, random_slots(sites, num_slots, "normal", 1.0)), None)
-    return kept(module, card_for(model, config, **more))
+    return Prefix(module.kept_tensors(), card_for(model, config, **more))
 
 
 @pytest.mark.parametrize("parametrisation", ["direct", "network", "linear"])
@@ -74,7 +74,7 @@ def test_folded_saved_and_loaded_is_bit_equal_to_the_trained_module(
     module = PrefixTuning(config, slots, None).eval()
     unfolded = logits(model, module)
     assert not torch.equal(unfolded, logits(model)), "the prefix says nothing, so the test would say nothing"
-    prefix = kept(module, card_for(model, config))
+    prefix = Prefix(module.kept_tensors(), card_for(model, config))
     prefix.save(tmp_path / "kept")
     loaded = Prefix.load(tmp_path / "kept")
     assert torch.equal(logits(model, prefix), unfolded)
@@ -230,6 +230,8 @@ def test_another_base_is_refused() -> None:
         f"this prefix was trained for the base 'tiny' (fingerprint {fingerprint(model)}), the model given has "
         f"fingerprint {fingerprint(other)}: load the base it was trained for"
     )
+    with pytest.raises(WrongBaseError, match="load the base in float32 or bfloat16"):
+        prefix.module(tiny_model("llama", dtype=torch.float16))
     prefix.module(other, check_base=False)
     with pytest.raises(PrefixError, match=r"has shape \(2, 4, 10\), this base has 6 key/value heads of width 8"):
         prefix.module(tiny_model("gpt2"), check_base=False)

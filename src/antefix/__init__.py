@@ -1,4 +1,4 @@
-"""Antefix: train, measure, keep and serve prefixes, small learned tensors that steer a frozen language model.
+"""Antefix: train, measure and keep prefixes, small learned tensors that steer a frozen language model.
 
 The names below are the public ones. They are imported when first used, so that `import antefix` is cheap.
 """
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from antefix.base import Base, load_base
     from antefix.data import Chat, Example, Message, Table, Triples, read
     from antefix.data.linearise import TextFormat
+    from antefix.decoding import Decoding
     from antefix.doctor import examine
     from antefix.errors import AntefixError
-    from antefix.generation import Decoding, generate
+    from antefix.generation import generate
     from antefix.metrics import score
     from antefix.prefix import Card, Prefix
     from antefix.training.recipe import Recipe, TrainingRecipe, load_recipe
@@ -29,7 +30,7 @@ _PUBLIC = {
     "Base": "antefix.base",
     "Card": "antefix.prefix",
     "Chat": "antefix.data",
-    "Decoding": "antefix.generation",
+    "Decoding": "antefix.decoding",
     "Example": "antefix.data",
     "Message": "antefix.data",
     "Prefix": "antefix.prefix",

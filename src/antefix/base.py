@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 from antefix import embedded
-from antefix.errors import BaseModelError, nearest
+from antefix.errors import BaseModelError, nearest, one_line
 from antefix.fingerprint import fingerprint
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -55,7 +57,8 @@ class Base:
 def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None) -> Base:
     """Load a base by name, hub id, folder or GGUF file.
 
-    Raises BaseModelError when nothing of that name can be loaded. `auto` keeps the precision of the file.
+    dtype: `auto` keeps the precision of the file. device: as torch names it; `auto` is an accelerator where there is
+    one. Raises BaseModelError when nothing of that name can be loaded.
     """
     name = str(name)
     if dtype not in get_args(Dtype):
@@ -66,6 +69,8 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
     elif name.endswith(".gguf"):
         path = Path(name)
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    elif not Path(name).exists() and get_close_matches(name, [embedded.NAME], cutoff=0.8):
+        raise BaseModelError(f"no base '{name}': did you mean '{embedded.NAME}'?")
     elif not Path(name).exists() and name.count("/") > 1:
         raise BaseModelError(f"no folder or file '{name}': give a folder, a .gguf file, a hub id or '{embedded.NAME}'")
     if revision is not None:
@@ -77,7 +82,7 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
             model = _auto_class(config).from_pretrained(
                 **source, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
             f"cannot load the base '{name}': {first_line} (give a folder, a .gguf file, a hub id or '{embedded.NAME}')"
@@ -86,7 +91,17 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
     model.requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(model.to(device).eval(), tokenizer, name, revision)
+    return Base(_moved(model, device).eval(), tokenizer, name, revision)
+
+
+def _moved(model: Any, device: str) -> Any:
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return model if found is None else model.to(found)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise BaseModelError(f"device '{device}' cannot be used here: {one_line(error)}") from error
 
 
 def _tokenizer(source: dict[str, Any], name: str) -> Any:

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from antefix.attach import attached
 from antefix.attention import reference
 from antefix.base import Base
-from antefix.errors import BaseModelError
+from antefix.errors import BaseModelError, one_line
 from antefix.methods.base import MethodModule
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.initial import Positions
@@ -91,6 +91,8 @@ def examine(base: Base) -> Diagnosis:
         proofs = tuple(prove(bench) for prove in _PROOFS)
     except BaseModelError as error:
         return Diagnosis(**known, sites=None, refusal=str(error), proofs=())
+    except Exception as error:  # a foreign model may fail in any way; that is the diagnosis
+        return Diagnosis(**known, sites=None, refusal=f"running it failed: {_in_words(error)}", proofs=())
     return Diagnosis(**known, sites=bench.sites, refusal=None, proofs=proofs)
 
 
@@ -180,6 +182,7 @@ def _prove_text(bench: _Bench) -> Proof:
         "for decoder-only models": sites.kinds != ("self",),
         "the model takes no position_ids": sites.positions == "none",
         "the model's window is a single token": half == 0,
+        "some layers keep a state besides attention": len(sites.attention) < _num_layers(base),
     }
     for reason, holds in does_not_apply.items():
         if holds:
@@ -213,6 +216,8 @@ def _prove_generation(bench: _Bench) -> Proof:
     claim = "greedy generation chooses what one full forward pass would; relative lead of a token not chosen"
     if bench.sites.kinds == ("encoder_self",):
         return Proof(name=name, claim=claim, passed=None, reason="the model does not generate")
+    if bench.sites.is_encoder_decoder and _start_token(bench.base.model) is None:
+        return Proof(name=name, claim=claim, passed=None, reason="the model says no decoder_start_token_id")
     model, batch = bench.base.model, {k: v for k, v in bench.batch.items() if k != "decoder_input_ids"}
     own = model.generation_config  # would be mixed in, with forced tokens and penalties
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -305,6 +310,14 @@ def _window(base: Base) -> int:
     config = base.model.config.get_text_config()
     known = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return min((int(n) for n in known if n), default=2 * _SLOTS)
+
+
+def _num_layers(base: Base) -> int:
+    return int(getattr(base.model.config.get_text_config(), "num_hidden_layers", 0))
+
+
+def _in_words(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}", 300)
 
 
 def _start_token(model: PreTrainedModel) -> int | None:

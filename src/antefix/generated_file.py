@@ -57,7 +57,7 @@ class GeneratedFile:
     def _read_partial(self) -> dict[int, str]:
         if not self.partial.is_file():
             return {}
-        lines = self.partial.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self.partial.read_text(encoding="utf-8", errors="replace").split("\n")
         try:
             task = json.loads(lines[0])["task"] if lines else None
         except (ValueError, KeyError, TypeError):
@@ -67,7 +67,7 @@ class GeneratedFile:
                 f"{self.partial} belongs to other sources, another prefix or other options: finish that, or remove it"
             )
         done: dict[int, str] = {}
-        for line in lines[1:]:
+        for line in lines[1:-1]:  # what no line end follows was cut short
             try:
                 index, text = json.loads(line)
             except ValueError:
@@ -78,4 +78,7 @@ class GeneratedFile:
 
     def _rewrite(self, done: dict[int, str]) -> None:
         rows = [json.dumps({"task": self._digest}), *(json.dumps(r, ensure_ascii=False) for r in done.items())]
-        atomic.write_bytes(self.partial, "".join(row + "\n" for row in rows).encode())
+        try:
+            atomic.write_bytes(self.partial, "".join(row + "\n" for row in rows).encode())
+        except OSError as error:
+            raise GenerationError(f"{self.partial}: cannot be written ({error.strerror or error})") from error

@@ -6,11 +6,10 @@ decode, unless told otherwise. Sources are sorted by length, so that a batch pad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -18,58 +17,10 @@ from antefix.attach import current_attachment
 from antefix.base import Base
 from antefix.data.example import Example, Source, Table, Triples
 from antefix.data.linearise import TextFormat, default_format
-from antefix.errors import GenerationError
+from antefix.decoding import Decoding
+from antefix.errors import BaseModelError, GenerationError
 from antefix.prefix import Prefix
 from antefix.settings import validated
-
-
-class Decoding(BaseModel):
-    """How to decode; the names and meanings are those of transformers' `generate`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_new_tokens: int = Field(100, ge=1)
-    min_new_tokens: int = Field(0, ge=0)
-    num_beams: int = Field(1, ge=1)
-    """1: greedy (or sampling); the paper decodes tables with 5."""
-    length_penalty: float = 1.0
-    """Beams only: above 0 favours longer texts."""
-    early_stopping: bool = False
-    do_sample: bool = False
-    temperature: float = Field(1.0, gt=0)
-    top_k: int = Field(50, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    no_repeat_ngram_size: int = Field(0, ge=0)
-    prompt_lookup_num_tokens: int | None = Field(None, ge=1)
-    """Guess tokens from the source (one row at a time, transformers' limit)."""
-    cache_implementation: str | None = None
-    """None: a growing cache; `static`: one of fixed size."""
-    seed: int | None = None
-    """Seed of sampling, set once before the first batch."""
-
-    def arguments(self) -> dict[str, Any]:
-        """For `generate`; what has no effect is left out, since transformers warns of it."""
-        given: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-            "do_sample": self.do_sample,
-        }
-        if self.min_new_tokens:
-            given["min_new_tokens"] = self.min_new_tokens
-        if self.num_beams > 1:
-            given |= {"length_penalty": self.length_penalty, "early_stopping": self.early_stopping}
-        if self.do_sample:
-            given |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        if self.repetition_penalty != 1.0:
-            given["repetition_penalty"] = self.repetition_penalty
-        if self.no_repeat_ngram_size:
-            given["no_repeat_ngram_size"] = self.no_repeat_ngram_size
-        if self.prompt_lookup_num_tokens is not None:
-            given["prompt_lookup_num_tokens"] = self.prompt_lookup_num_tokens
-        if self.cache_implementation is not None:
-            given["cache_implementation"] = self.cache_implementation
-        return given
 
 
 def default_decoding(sources: Sequence[Example | Source]) -> Decoding:
@@ -105,22 +56,28 @@ def generate_each(
     batch_size: int = 16,
     streamer: BaseStreamer | None = None,
     assistant_model: PreTrainedModel | None = None,
+    on_cut: Callable[[int], None] = lambda num_cut: None,
 ) -> Iterator[tuple[int, str]]:
     """`(index, text)` as batches are done, longest sources first.
 
     text_format, decoding: None takes them from the card of the prefix that is attached (the first, where there
-    are several), else the defaults. assistant_model: a small model that guesses ahead (one row at a time).
+    are several), else the defaults. assistant_model: a small model that guesses ahead (one row at a time). on_cut: told
+    how many sources were cut to the text format's `max_source_tokens`, where any was.
 
     Raises GenerationError for an empty source list or one that does not fit, DataError for a source that the
-    text format cannot write.
+    text format cannot write, BaseModelError for a base that writes no text.
     """
+    require_generator(base)
     plain = [_plain(s) for s in sources]
     text_format = text_format or _card_format(base) or default_format(plain)
     decoding = decoding or _card_decoding(base)
     one_at_a_time = assistant_model is not None or decoding.prompt_lookup_num_tokens is not None or streamer is not None
     size = 1 if one_at_a_time else batch_size
     is_encoder_decoder = bool(base.model.config.is_encoder_decoder)
-    ids = [text_format.encode_source(base.tokenizer, s, for_encoder=is_encoder_decoder) for s in plain]
+    encoded = [text_format.encode_source_cut(base.tokenizer, s, for_encoder=is_encoder_decoder) for s in plain]
+    ids = [row for row, _ in encoded]
+    if num_cut := sum(cut for _, cut in encoded):
+        on_cut(num_cut)
     _check_length(base, sources, ids, decoding, is_encoder_decoder)
     rows = _spread_rows(base, len(ids))
     if decoding.seed is not None:
@@ -143,6 +100,15 @@ def generate_each(
 def terminal_streamer(base: Base) -> BaseStreamer:
     """Prints a text word by word while it is written."""
     return TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def require_generator(base: Base) -> None:
+    """Raises BaseModelError for a base that writes no text: an encoder such as BERT."""
+    if not base.model.can_generate():
+        raise BaseModelError(
+            f"the base '{base.name}' ({type(base.model).__name__}) writes no text: take a decoder (GPT-2, Llama) or an "
+            "encoder-decoder (BART, T5)"
+        )
 
 
 def _plain(source: Example | Source) -> Source:
@@ -179,7 +145,10 @@ def _check_length(
     if attachment is not None:
         limit -= attachment.longest_shift
     for source, row in zip(sources, ids, strict=True):
-        needed = len(row) if is_encoder_decoder else len(row) + decoding.max_new_tokens
+        # An encoder-decoder has the context twice: for the source, and for a start token and the text.
+        needed = len(row) + decoding.max_new_tokens
+        if is_encoder_decoder:
+            needed = max(len(row), 1 + decoding.max_new_tokens)
         if needed > limit:
             where = (source.where if isinstance(source, Example) else "") or "a source"
             raise GenerationError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor
@@ -17,11 +18,13 @@ from transformers import PreTrainedModel
 
 from antefix import atomic, strict_json
 from antefix.data.linearise import TextFormat
-from antefix.errors import DataError, PrefixFileError, WrongBaseError, nearest, one_line
+from antefix.decoding import Decoding
+from antefix.errors import DataError, PrefixFileError, RecipeError, WrongBaseError, nearest, one_line
 from antefix.fingerprint import fingerprint
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodModule
 from antefix.parts.initial import Positions
+from antefix.settings import validated
 from antefix.sites import find_sites
 from antefix.tensor_file import TENSORS_FILE, problem_of, read_tensors, sha256_of
 
@@ -88,10 +91,12 @@ class Prefix:
         Raises WrongBaseError if the base is not the one it was trained for, PrefixError if a tensor does not fit it.
         """
         if check_base and (found_fingerprint := fingerprint(model)) != self.card.base.fingerprint:
+            # Rounding to float16 moves what the fingerprint looks at; bfloat16 and float32 agree.
+            todo = "in float32 or bfloat16" if model.dtype == torch.float16 else "it was trained for"
             raise WrongBaseError(
                 f"this prefix was trained for the base '{one_line(self.card.base.name)}' (fingerprint "
                 f"{one_line(self.card.base.fingerprint, 16)}), the model given has fingerprint {found_fingerprint}: "
-                "load the base it was trained for"
+                f"load the base {todo}"
             )
         found = method_class(self.card.method)
         config = found.Config.model_validate(self.card.config)
@@ -149,11 +154,6 @@ def read_card(folder: Path) -> Card:
     return _read_card_file(folder)[0]
 
 
-def kept(module: MethodModule, card: Card) -> Prefix:
-    """A trained module as a prefix: folded, ready to be saved."""
-    return Prefix(module.kept_tensors(), card)
-
-
 def _card_bytes(card: Card, sha256: str) -> bytes:
     content = json.loads(card.model_dump_json())
     ordered = {"format_version": content.pop("format_version"), _SHA256: sha256, **content}
@@ -178,7 +178,8 @@ def _read_card_file(folder: Path) -> tuple[Card, str]:
         if config.get("positions", card.positions) != card.positions:
             raise ValueError(f"positions: the card says {card.positions}, its config {config['positions']}")
         TextFormat.from_dict(card.text_format)
-    except (OSError, ValueError, DataError) as error:
+        validated(Decoding, card.decoding, "decoding.")
+    except (OSError, ValueError, DataError, RecipeError) as error:
         raise PrefixFileError(f"{path}: not a readable card ({reason_of(error)})") from error
     return card, sha256
 

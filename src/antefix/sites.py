@@ -138,7 +138,7 @@ def _look(model: PreTrainedModel) -> Sites:
 
 def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
     """Tokens to look with; none of them padding, which some models count positions by."""
-    ids = [i for i in range(count + 1) if i != model.config.pad_token_id]
+    ids = [i for i in range(count + 1) if i != getattr(model.config.get_text_config(), "pad_token_id", None)]
     return torch.tensor([ids[:count]], device=model.device)
 
 

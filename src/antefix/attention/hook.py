@@ -53,18 +53,16 @@ class RecordedCall:
 _recording: ContextVar[list[RecordedCall] | None] = ContextVar("antefix_recording", default=None)
 
 
-def put_slots(module: nn.Module, slots: SiteSlots | None) -> SiteSlots | None:
-    """Attach slots to an attention module (None: detach). Returns what was there."""
-    before: SiteSlots | None = module.__dict__.get(_SITE_ATTRIBUTE)
+def put_slots(module: nn.Module, slots: SiteSlots | None) -> None:
+    """Attach slots to an attention module (None: detach)."""
     if slots is None:
         module.__dict__.pop(_SITE_ATTRIBUTE, None)
     else:
         module.__dict__[_SITE_ATTRIBUTE] = slots
-    return before
 
 
 class HookedModel:
-    """Routes a model's attention through ours, and back; counts, so that users of it may overlap."""
+    """Routes a model's attention through ours, and back. Uses may overlap: who finds it done has nothing to undo."""
 
     def __init__(self, model: nn.Module) -> None:
         self._configs: dict[int, Any] = {}

@@ -8,8 +8,11 @@ messages to stderr. A user's mistake is one line and exit code 2.
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from antefix.cli.bank import bank_app
 from antefix.cli.base import base_app
@@ -21,14 +24,32 @@ from antefix.cli.init import init
 from antefix.cli.train import train
 from antefix.errors import AntefixError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="antefix",
-    help="Train, measure, keep and serve prefixes: small learned tensors that steer a frozen language model.",
+    help="Train, measure and keep prefixes: small learned tensors that steer a frozen model, many in one batch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("antefix"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
 
 app.command("demo")(demo)
 app.command("init")(init)
@@ -41,12 +62,17 @@ app.add_typer(bank_app, name="bank")
 
 
 def main() -> None:
-    """The entry point of the `antefix` command."""
+    """The entry point of the `antefix` command: a user's mistake is one line and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False) or 0
+    except TyperException as error:  # how the command was written: an unknown option, a missing argument
+        usage = error.format_message()
+        if usage:  # else it was the help, and it is printed
+            print(f"antefix: {usage.rstrip('.')}; --help says more", file=sys.stderr)
+        code = 2
     except AntefixError as error:
         print(f"antefix: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        code = 2
+    if code == _INTERRUPTED:
         print("antefix: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +27,8 @@ def demo(
 ) -> None:
     """Train a prefix on a small data set of our own, and show what it changes.
 
-    Fetches the embedded base (about 100 MB) where it is not there yet. Interrupted, it goes on where it stopped.
+    Fetches the embedded base (about 100 MB) where it is not there yet. Interrupted, training goes on where it stopped,
+    and what was finished is not done again.
 
     Example: `antefix demo`
     """
@@ -36,7 +36,6 @@ def demo(
     from antefix.base import load_base
     from antefix.demo import tables
 
-    started = time.monotonic()
     out = console()
     embedded.fetch(lambda line: out.print(line, highlight=False))
     base = load_base(embedded.NAME)
@@ -44,7 +43,7 @@ def demo(
     before = _measured(out, folder / "before.json", "bare base", base, None, test)
     prefix = _trained(out, folder, base)
     after = _measured(out, folder / "after.json", "with the prefix", base, prefix, test)
-    result = _summary(base, prefix, before, after, len(test), folder, time.monotonic() - started)
+    result = _summary(base, prefix, before, after, len(test), folder)
     if as_json:
         print_json(result | {"texts": _side_by_side(test, before, after)})
         return
@@ -55,10 +54,10 @@ def _measured(out: Console, kept: Path, name: str, base: Base, prefix: Prefix | 
     """Measure once; a demo that was interrupted finds what it measured before."""
     from antefix import atomic
     from antefix.cli.progress import LiveLine, clock
-    from antefix.demo import BEFORE, Measured, measure, measure_with
+    from antefix.demo import Measured, measure, task_of
     from antefix.pace import Pace
 
-    task = "bare" if prefix is None else prefix.card.model_dump_json()
+    task = task_of(base, prefix)
     if kept.is_file():
         content = json.loads(kept.read_text(encoding="utf-8"))
         if content.get("task") == task:
@@ -69,7 +68,7 @@ def _measured(out: Console, kept: Path, name: str, base: Base, prefix: Prefix | 
         def watch(pace: Pace) -> None:
             line.show(pace.done, f"{name}  {clock(pace.seconds_left)} left")
 
-        measured = measure(base, test, BEFORE, watch) if prefix is None else measure_with(base, prefix, test, watch)
+        measured = measure(base, prefix, test, watch)
     atomic.write_bytes(
         kept, json.dumps({"task": task, "texts": measured.texts, "scores": measured.scores}, indent=1).encode()
     )
@@ -95,7 +94,7 @@ def _trained(out: Console, folder: Path, base: Base) -> Prefix:
 
 
 def _summary(
-    base: Base, prefix: Prefix, before: Measured, after: Measured, num_tests: int, folder: Path, seconds: float
+    base: Base, prefix: Prefix, before: Measured, after: Measured, num_tests: int, folder: Path
 ) -> dict[str, Any]:
     base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     return {
@@ -106,7 +105,7 @@ def _summary(
         "prefix_bytes": prefix.num_bytes,
         "base_bytes": base_bytes,
         "share": prefix.num_bytes / base_bytes,
-        "seconds": round(seconds, 1),
+        "training_seconds": prefix.card.training["seconds"],
     }
 
 
@@ -123,15 +122,16 @@ def _side_by_side(test: list[Example], before: Measured, after: Measured) -> lis
 
 
 def _show(result: dict[str, Any], texts: list[dict[str, str]]) -> None:
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    out = console().__class__()
+    out = Console()
     for row in texts:
         out.print(f"\n[bold]{escape(row['table'])}[/bold]")
         out.print(f"  before  {escape(' '.join(row['before'].split()))}", highlight=False)
         out.print(f"  after   {escape(row['after'])}", highlight=False)
-    names = {"bleu": "BLEU", "rouge_l_13a": "ROUGE-L"}
+    names = {"bleu": "BLEU", "rouge_l_13a": "ROUGE-L*"}
     table = Table(title=f"{result['test_tables']} test tables", title_justify="left")
     for column in ("", *names.values()):
         table.add_column(column, justify="left" if not column else "right")
@@ -139,9 +139,11 @@ def _show(result: dict[str, Any], texts: list[dict[str, str]]) -> None:
         table.add_row(label, *(f"{100 * result[when][name]:.1f}" for name in names))
     out.print()
     out.print(table)
+    out.print("* on the words that BLEU sees, which needs no Java; `antefix eval` has the official one.\n")
     out.print(
         f"The prefix is {result['prefix_bytes'] / 1024:,.0f} KiB, {100 * result['share']:.3f} % of the base's "
-        f"{result['base_bytes'] / 2**20:,.0f} MiB. It took {result['seconds'] / 60:.1f} minutes.\n",
+        f"{result['base_bytes'] / 2**20:,.0f} MiB, and was trained in "
+        f"{result['training_seconds'] / 60:.1f} minutes.\n",
         highlight=False,
     )
     out.print("What next", style="bold")

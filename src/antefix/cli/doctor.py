@@ -17,6 +17,7 @@ def doctor(
     dtype: Annotated[
         str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`: as the weights are kept.")
     ] = "float32",
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Look where a base can carry a prefix, and prove it.
@@ -29,7 +30,7 @@ def doctor(
     from antefix.doctor import examine
 
     with console().status(f"examining {model}"):
-        diagnosis = examine(load_base(model, dtype=dtype))  # type: ignore[arg-type]
+        diagnosis = examine(load_base(model, dtype=dtype, device=device))  # type: ignore[arg-type]
     if as_json:
         print_json(diagnosis.as_dict())
     else:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from antefix.base import Base, Dtype
     from antefix.data import Example
     from antefix.data.linearise import TextFormat
-    from antefix.generation import Decoding
+    from antefix.decoding import Decoding
     from antefix.prefix import Prefix
 
 
@@ -37,6 +37,7 @@ def generate(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base; without: the one the prefix names.")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the base: float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")] = "auto",
     decoding: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,8 +55,8 @@ def generate(
 ) -> None:
     """Write a text for every source, with a prefix (or with the bare base).
 
-    One source from the command line or standard input is printed, word by word on a terminal; the sources of a
-    file go to an output file, and an interrupted command goes on where it stopped.
+    One source from the command line or standard input is printed, word by word on a terminal (with one
+    beam); the sources of a file go to an output file, and an interrupted command goes on where it stopped.
 
     Examples:
 
@@ -65,7 +66,7 @@ def generate(
     """
     from antefix.attach import attached
     from antefix.base import load_base
-    from antefix.generation import Decoding
+    from antefix.decoding import Decoding
     from antefix.prefix import Prefix
     from antefix.settings import override, validated
 
@@ -77,7 +78,7 @@ def generate(
     options = override(dict(_default_decoding(kept, examples)), decoding or [])
     chosen = validated(Decoding, options, "decoding option ")
     name, revision = (base, None) if kept is None else (base or kept.card.base.name, kept.card.base.revision)
-    loaded = load_base(name or "", dtype=cast("Dtype", dtype), revision=revision)
+    loaded = load_base(name or "", dtype=cast("Dtype", dtype), device=device, revision=revision)
     with nullcontext() if kept is None else attached(loaded.model, kept):
         if input_file is None:
             _print_one(loaded, examples, text_format, chosen, as_json)
@@ -114,16 +115,28 @@ def _default_decoding(kept: Prefix | None, examples: list[Example]) -> dict[str,
     return default_decoding(examples).model_dump(exclude_defaults=True)
 
 
+def _say_cut(num_cut: int) -> None:
+    console().print(
+        f"cut to the text format's max_source_tokens: {num_cut:,} {'source' if num_cut == 1 else 'sources'}",
+        highlight=False,
+    )
+
+
 def _print_one(base: Base, examples: list[Example], text_format: TextFormat, decoding: Decoding, as_json: bool) -> None:
     from antefix.generation import generate, generate_each, terminal_streamer
 
     if sys.stdout.isatty() and not as_json and decoding.num_beams == 1:
         for _ in generate_each(
-            base, examples, text_format=text_format, decoding=decoding, streamer=terminal_streamer(base)
+            base,
+            examples,
+            text_format=text_format,
+            decoding=decoding,
+            streamer=terminal_streamer(base),
+            on_cut=_say_cut,
         ):
             pass
         return
-    written = generate(base, examples, text_format=text_format, decoding=decoding)[0]
+    written = generate(base, examples, text_format=text_format, decoding=decoding, on_cut=_say_cut)[0]
     if as_json:
         print_json({"text": written})
     else:
@@ -157,7 +170,12 @@ def _write_many(
     with LiveLine(out, len(examples), "text") as line:
         each = (
             generate_each(
-                base, [examples[n] for n in left], text_format=text_format, decoding=decoding, batch_size=batch_size
+                base,
+                [examples[n] for n in left],
+                text_format=text_format,
+                decoding=decoding,
+                batch_size=batch_size,
+                on_cut=_say_cut,
             )
             if left
             else ()

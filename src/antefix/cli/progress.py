@@ -59,9 +59,13 @@ class TrainingProgress(LiveLine):
     def __init__(self, out: Console, num_steps: int) -> None:
         super().__init__(out, num_steps, "step")
         self._dev = ""
+        self._said_padded = False
 
     def __call__(self, report: StepReport) -> None:
         """One step is done."""
+        if report.batch_form == "padded" and not self._said_padded:
+            self._out.print("rows are not packed here: every source and target is a row of its own", highlight=False)
+            self._said_padded = True
         if report.dev_scores:
             scores = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report.dev_scores.items())
             self._dev = f"  {scores}"

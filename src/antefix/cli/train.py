@@ -39,18 +39,23 @@ def train(
     from antefix.cli.progress import TrainingProgress
     from antefix.training.checkpoint import CHECKPOINT_FILE
     from antefix.training.recipe import load_recipe
-    from antefix.training.run import check_name_is_free, prepare_recipe, run_recipe
+    from antefix.training.run import check_name_is_free, is_unfinished, prepare_recipe, run_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     check_name_is_free(loaded, overwrite)
-    if restart:
-        (loaded.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     out = console()
     prepared = prepare_recipe(loaded)
-    for line in _plan(loaded, prepared):
+    going_on = is_unfinished(loaded.run_folder) and not restart
+    for line in _plan(prepared):
         out.print(line, highlight=False)
+    if going_on:
+        out.print(f"going on from the checkpoint in {loaded.run_folder}", highlight=False)
     if dry_run:
+        if as_json:
+            print_json(_plan_facts(loaded, prepared) | {"going_on": going_on})
         return
+    if restart:
+        (loaded.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     with stop_after_step() as stop_requested, TrainingProgress(out, prepared.num_steps) as progress:
         prefix = run_recipe(loaded, prepared, progress, stop_requested=stop_requested, overwrite=overwrite)
     training = prefix.card.training
@@ -74,9 +79,21 @@ def train(
     out.print(f"next: antefix generate --prefix {loaded.prefix_folder} --input FILE --output texts.jsonl")
 
 
-def _plan(recipe: Recipe, prepared: Prepared) -> list[str]:
-    from antefix.training.run import is_unfinished
+def _plan_facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "prefix": str(recipe.prefix_folder),
+        "run": str(recipe.run_folder),
+        "base": prepared.base.name,
+        "method": prepared.method,
+        "num_virtual_tokens": prepared.module.num_virtual_tokens,
+        "learning_rate": prepared.learning_rate,
+        "pairs": prepared.train_set.num_pairs,
+        "dev_pairs": prepared.dev_set.num_pairs,
+        "steps": prepared.num_steps,
+    }
 
+
+def _plan(prepared: Prepared) -> list[str]:
     train_set, dev_set = prepared.train_set, prepared.dev_set
     lines = [
         f"base {prepared.base.name}, method {prepared.method}, {prepared.module.num_virtual_tokens} slots, "
@@ -84,12 +101,10 @@ def _plan(recipe: Recipe, prepared: Prepared) -> list[str]:
         f"data {train_set.num_pairs:,} pairs of {len(train_set.examples):,} sources; dev {dev_set.num_pairs:,} pairs "
         f"of {len(dev_set.examples):,}; {prepared.num_steps:,} steps of {prepared.training.pairs_per_step} pairs",
     ]
-    cut = [
-        (n, what) for n, what in ((train_set.truncated_sources, "sources"), (train_set.truncated_targets, "targets"))
-    ]
-    lines += [f"cut to the limit: {n:,} {what} of the training set" for n, what in cut if n]
-    if is_unfinished(recipe.run_folder):
-        lines.append(f"going on from the checkpoint in {recipe.run_folder}")
+    for encoded, name in ((train_set, "training"), (dev_set, "dev")):
+        for count, what in ((encoded.truncated_sources, "sources"), (encoded.truncated_targets, "targets")):
+            if count:
+                lines.append(f"cut to the limit: {count:,} {what} of the {name} set")
     return lines
 
 

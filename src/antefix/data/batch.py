@@ -185,5 +185,5 @@ def _right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tens
 
 
 def _pad_id(model: PreTrainedModel) -> int:
-    pad = model.config.get_text_config().pad_token_id
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     return 0 if pad is None else int(pad)

@@ -64,15 +64,12 @@ def encode(
     A source is cut as the text format says. Raises DataError naming the row where the text format cannot write a
     source, and where a pair does not fit into the context. What is cut is counted in the result, never silent.
     """
-    whole = text_format.model_copy(update={"max_source_tokens": None})
     encoded = []
     cut_sources = cut_targets = 0
     for example in examples:
         try:
-            source = whole.encode_source(tokenizer, example.source, for_encoder=for_encoder)
-            if text_format.max_source_tokens is not None and len(source) > text_format.max_source_tokens:
-                source = text_format.encode_source(tokenizer, example.source, for_encoder=for_encoder)
-                cut_sources += 1
+            source, cut = text_format.encode_source_cut(tokenizer, example.source, for_encoder=for_encoder)
+            cut_sources += cut
         except DataError as error:
             raise DataError(f"{_where(example)}: {error}") from error
         if not source:

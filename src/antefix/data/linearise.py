@@ -1,6 +1,6 @@
 """How a source becomes text, and text becomes token ids: one object, kept in the card.
 
-Training, generation and serving use the same object, so they cannot differ. Source (with its separator) and
+Training and generation use the same object, so they cannot differ. Source (with its separator) and
 target are tokenised apart and their ids joined.
 """
 
@@ -121,6 +121,16 @@ class TextFormat(BaseModel):
         if room < 1:
             raise DataError(f"max_source_tokens = {self.max_source_tokens} leaves no room beside the separator")
         return start + _ids(tokenizer, text)[:room] + end
+
+    def encode_source_cut(
+        self, tokenizer: PreTrainedTokenizerBase, source: Source, *, for_encoder: bool = False
+    ) -> tuple[list[int], bool]:
+        """The same, and whether the source was cut to `max_source_tokens`."""
+        whole = self.model_copy(update={"max_source_tokens": None})
+        ids = whole.encode_source(tokenizer, source, for_encoder=for_encoder)
+        if self.max_source_tokens is None or len(ids) <= self.max_source_tokens:
+            return ids, False
+        return self.encode_source(tokenizer, source, for_encoder=for_encoder), True
 
     def encode_target(self, tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
         """Token ids of a target and its end token."""

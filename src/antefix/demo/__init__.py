@@ -7,6 +7,7 @@ nursery. It is under the project's licence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from antefix.attach import attached
 from antefix.base import Base
 from antefix.data import Example, read
 from antefix.data.linearise import TextFormat
-from antefix.generation import Decoding, generate_each
+from antefix.decoding import Decoding
+from antefix.generation import generate_each
 from antefix.metrics import score
 from antefix.pace import Pace
 from antefix.prefix import Prefix
@@ -48,25 +50,28 @@ def tables(split: str) -> list[Example]:
     return read(TABLES, split=split)
 
 
+def task_of(base: Base, prefix: Prefix | None) -> str:
+    """Tells texts that were written this way from any others."""
+    parts = (base.fingerprint, _format(prefix).model_dump_json(), DECODING.model_dump_json())
+    return "\n".join([*parts, "" if prefix is None else prefix.card.model_dump_json()])
+
+
 def measure(
-    base: Base, test: Sequence[Example], text_format: TextFormat, watch: Callable[[Pace], None] = lambda pace: None
+    base: Base, prefix: Prefix | None, test: Sequence[Example], watch: Callable[[Pace], None] = lambda pace: None
 ) -> Measured:
-    """Write a text for every test table with whatever is attached to the base, and score them."""
+    """Write a text for every test table, with the prefix or with the bare base (None), and score them."""
     texts = [""] * len(test)
     pace = Pace(len(test))
-    for index, text in generate_each(base, test, text_format=text_format, decoding=DECODING, batch_size=12):
-        texts[index] = text
-        pace.one_done()
-        watch(pace)
+    with nullcontext() if prefix is None else attached(base.model, prefix):
+        for index, text in generate_each(base, test, text_format=_format(prefix), decoding=DECODING, batch_size=12):
+            texts[index] = text
+            pace.one_done()
+            watch(pace)
     return Measured(texts, score([e.targets for e in test], texts, METRICS))
 
 
-def measure_with(
-    base: Base, prefix: Prefix, test: Sequence[Example], watch: Callable[[Pace], None] = lambda pace: None
-) -> Measured:
-    """The same, with the prefix at work."""
-    with attached(base.model, prefix):
-        return measure(base, test, AFTER, watch)
+def _format(prefix: Prefix | None) -> TextFormat:
+    return BEFORE if prefix is None else AFTER
 
 
 class Training:

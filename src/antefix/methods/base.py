@@ -17,7 +17,13 @@ from antefix.sites import Sites
 class MethodConfig(BaseModel):
     """The choices of one method; checked once, never changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What stands under a field is its description, also in docs/recipe.md.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @property
+    def parent(self) -> str | None:
+        """The folder of the kept prefix that training starts from; None: it starts from no other."""
+        return None
 
 
 class Method(Protocol):

@@ -36,7 +36,8 @@ class PrefixTuningConfig(MethodConfig):
     """The choices of prefix-tuning."""
 
     num_virtual_tokens: int | None = Field(10, ge=1, le=1_000_000)
-    """Slots a site (P). None: as many as `initial_text` has tokens, or the initial prefix has slots."""
+    """Slots a site (P). None, which only Python can say: as many as `initial_text` has tokens, or the initial prefix
+    has slots."""
     sites: tuple[Kind, ...] = KINDS
     """Where slots stand, of what the base has: `self`, `encoder_self`, `cross`."""
     parametrisation: Literal["direct", "network", "linear"] = "direct"
@@ -59,6 +60,10 @@ class PrefixTuningConfig(MethodConfig):
     """Dropout on keys and values while training."""
     positions: Positions = "in_place"
     """`in_place`: tokens count from 0. `shifted`: from P, as GPT-2 in the paper's code and PEFT."""
+
+    @property
+    def parent(self) -> str | None:
+        return self.initial_prefix if self.initial == "prefix" else None
 
 
 class PrefixTuning(nn.Module):

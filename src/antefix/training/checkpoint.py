@@ -57,9 +57,9 @@ def save_checkpoint(
     try:
         atomic.write_bytes(path, content)
     except OSError as error:
+        left = "the one before is kept: the same command goes on from it" if path.exists() else "there is none yet"
         raise TrainingError(
-            f"{path}: the checkpoint could not be written ({error.strerror or error}); the one before is kept, "
-            "the run goes on from it"
+            f"{path}: the checkpoint of step {progress.step} could not be written ({error.strerror or error}); {left}"
         ) from error
 
 

@@ -43,10 +43,14 @@ class Journal:
         self._rows.append(row)
 
     def plot(self, title: str) -> None:
-        """Draw loss and dev scores over the steps."""
+        """Draw loss and dev scores over the steps. Raises TrainingError when the plot cannot be written."""
         rows = read_log(self._log)
-        if rows:
+        if not rows:
+            return
+        try:
             _draw(rows, title, self._plot)
+        except OSError as error:
+            raise TrainingError(f"{self._plot}: cannot be written ({error.strerror or error})") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -54,7 +58,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:

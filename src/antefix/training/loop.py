@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -49,6 +50,7 @@ class StepReport:
     loss: float
     """Of this step, as the recipe's reduction says."""
     learning_rate: float
+    batch_form: BatchForm
     pairs_per_second: float
     """Since the run was started or resumed, evaluations left out."""
     seconds_left: float
@@ -88,6 +90,7 @@ def train_loop(
     measured by generating, with the module attached. stop_requested: asked after every step; True saves a
     checkpoint and raises KeyboardInterrupt. Raises TrainingError for a loss that is not finite.
     """
+    _check_trackers(recipe.trackers)
     accelerator = Accelerator(
         log_with=list(recipe.trackers) or None, project_dir=None if run_folder is None else str(run_folder)
     )
@@ -99,6 +102,10 @@ def train_loop(
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=recipe.weight_decay)
     num_steps = planned_steps(train_set, recipe)
     progress, best = Progress(), module.kept_tensors()
+    # Before a checkpoint is loaded and without dropout: a resumed run must come to the same answer.
+    with attached(model, module.eval()):
+        form = batch_form(model, train_set, recipe.packed)
+    module.train()
     checkpoint = None if run_folder is None else run_folder / CHECKPOINT_FILE
     if checkpoint is not None and checkpoint.exists():
         progress, best = load_checkpoint(checkpoint, digest, module, optimiser)
@@ -106,7 +113,6 @@ def train_loop(
 
     recompute = recomputing(model) if recipe.activation_checkpointing else nullcontext()
     with attached(model, module), recompute:
-        form = batch_form(model, train_set, recipe.packed)
         plan = steps(
             train_set, pairs_per_step=recipe.pairs_per_step, targets_per_row=recipe.targets_per_row, seed=recipe.seed
         )
@@ -158,6 +164,7 @@ def train_loop(
                 num_steps=num_steps,
                 loss=float(loss),
                 learning_rate=rate,
+                batch_form=form,
                 pairs_per_second=done * recipe.pairs_per_step / trained,
                 seconds_left=(now - started) / done * (num_steps - progress.step),
                 dev_scores=scores,
@@ -180,6 +187,15 @@ def train_loop(
         progress.best_step, best = progress.step, module.kept_tensors()
     module.eval()
     return Outcome(progress, best, form, tokens_per_second)
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Accelerate leaves a tracker that is not installed out with a warning, and all of the run's figures with it."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            known = ", ".join(available) or "none is"
+            raise TrainingError(f"training.trackers: '{name}' is not installed here, or unknown; installed: {known}")
 
 
 def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
@@ -206,7 +222,9 @@ def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None) -> Ba
                 for make in (packed_batch, padded_batch)
             )
             equal = torch.allclose(together, apart, rtol=2e-2 if model.dtype != torch.float32 else 1e-4, atol=1e-4)
-        except (RuntimeError, TypeError, ValueError):
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError):  # an attention that such a mask does not fit
             equal = False
     if not equal and packed:
         raise TrainingError("packed = true, but this base's attention cannot take packed rows: leave `packed` out")

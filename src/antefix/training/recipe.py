@@ -6,7 +6,6 @@ is an error that names the nearest known one.
 
 from __future__ import annotations
 
-import hashlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from antefix.decoding import Decoding
 from antefix.errors import RecipeError, nearest
-from antefix.generation import Decoding
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodConfig
 from antefix.settings import override, validated
@@ -23,17 +22,19 @@ from antefix.training.objectives import LossReduction
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What stands under a field is its description, also in docs/recipe.md.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class DataRecipe(_Section):
     """Where the examples come from and how they become text."""
 
     train: str
-    """A file, `archive.zip::member.csv`, or `hf:owner/name` (see the readers' page)."""
+    """A file, `archive.zip::member.csv`, or `hf:owner/name` (see docs/data.md)."""
     dev: str | None = None
     """The dev set; None: `dev_fraction` of the training sources, drawn with the seed."""
     dev_fraction: float = Field(0.1, gt=0, lt=1)
+    """The part of the training sources that becomes the dev set, where `dev` names none."""
     format: str | None = None
     """The reader's name; None: found by looking."""
     reader: dict[str, Any] = Field(default_factory=dict)
@@ -41,19 +42,20 @@ class DataRecipe(_Section):
     pairs: int | None = Field(None, ge=1)
     """Take this many source/target pairs: whole sources with all their targets, drawn with the seed."""
     dev_pairs: int | None = Field(200, ge=1)
-    """The same for the dev set; None: all of it."""
+    """The same for the dev set; a number larger than the set takes all of it."""
     text: dict[str, Any] = Field(default_factory=dict)
     """Changes to the text format: `linearise`, `separator`, `instruction`, ..."""
     max_source_tokens: int | None = Field(None, ge=1)
     """Cut longer sources, and say how many were cut; None: a source that does not fit is an error."""
     max_target_tokens: int | None = Field(None, ge=1)
-    """The same for targets."""
+    """The same for targets; None: a pair that does not fit is an error."""
 
 
 class TrainingRecipe(_Section):
     """How long, how fast, and how it is watched."""
 
     epochs: float = Field(5.0, gt=0)
+    """How often every pair is seen; 0.5 is half of the pairs."""
     max_steps: int | None = Field(None, ge=1)
     """Optimiser steps; None: as `epochs` says."""
     pairs_per_step: int = Field(16, ge=1)
@@ -71,9 +73,14 @@ class TrainingRecipe(_Section):
     warmup_steps: int | None = Field(None, ge=0)
     """None: 5 % of all steps."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decay of the learned values, a step: this times the learning rate."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """A longer gradient of a step is scaled down to this norm."""
     loss_reduction: LossReduction = "token_mean"
+    """`token_mean`: mean over a step's target tokens. `example_sum`: sum over a pair's tokens, mean over pairs, the
+    default of the paper's code. Its other two divide that by the tokens of the step's longest row or target."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """This part of a target token's probability is spread over the whole vocabulary."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     evaluations: int = Field(8, ge=0)
@@ -81,11 +88,13 @@ class TrainingRecipe(_Section):
     dev_metric: Literal["loss", "bleu"] = "loss"
     """What chooses the best step: the dev loss, or BLEU of texts generated for `dev_metric_sources` sources."""
     dev_metric_sources: int = Field(50, ge=1)
+    """How many sources of the dev set BLEU takes, from its beginning."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many evaluations without a better one."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """A checkpoint at most this often; 0: after every step."""
     seed: int = 0
+    """Seed of first values, order, dropout and of what is drawn from the data."""
     trackers: tuple[str, ...] = ()
     """Accelerate's trackers: `tensorboard`, `wandb`, ..."""
 
@@ -100,19 +109,27 @@ class Recipe(_Section):
     run: str | None = None
     """The run's own folder (checkpoints, log, plot); None: `runs/<name>`."""
     base: str = "smollm2-135m"
+    """A hub id, a folder, a `.gguf` file, or the embedded `smollm2-135m`."""
     base_revision: str | None = None
+    """Commit, branch or tag on the hub; None: its main branch."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Precision of the frozen weights; what is learned stays float32."""
     method: str = "prefix_tuning"
+    """The method's name."""
     config: dict[str, Any] = Field(default_factory=dict)
     """The method's own choices."""
     data: DataRecipe
+    """What is learned from."""
     training: TrainingRecipe = TrainingRecipe()
+    """How it is learned."""
     decoding: Decoding | None = None
     """Decoding defaults for the card; None: beams of 5 for tables and triples, else greedy."""
     tags: tuple[str, ...] = ()
+    """Words for the card; `antefix bank list` shows them."""
     licence: str | None = None
+    """The prefix's licence, for the card."""
     notes: str = ""
+    """Further text for the card."""
 
     @model_validator(mode="after")
     def _known_method(self) -> Recipe:
@@ -134,11 +151,6 @@ class Recipe(_Section):
     def prefix_folder(self) -> Path:
         """Where the prefix is kept."""
         return Path(self.bank) / self.name
-
-    @property
-    def digest(self) -> str:
-        """Tells one recipe from another."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
 def checked_config(method: str, content: dict[str, Any]) -> MethodConfig:

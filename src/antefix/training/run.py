@@ -17,12 +17,14 @@ from antefix.data import read, sample_pairs, split_examples
 from antefix.data.encode import Encoded, Limits, encode
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat, default_format
-from antefix.errors import TrainingError
-from antefix.generation import Decoding, default_decoding, generate
+from antefix.decoding import Decoding
+from antefix.errors import PrefixError, TrainingError
+from antefix.generation import default_decoding, generate, require_generator
 from antefix.methods import method_class
 from antefix.methods.base import MethodConfig, MethodModule
-from antefix.metrics import score
+from antefix.metrics import load, score
 from antefix.prefix import BaseRecord, Card, Prefix
+from antefix.settings import validated
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import Journal
 from antefix.training.loop import Outcome, StepReport, planned_steps, train_loop
@@ -55,13 +57,13 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """Tells this run from any other: recipe, data and base."""
-        digest = hashlib.sha256(data_hash(self.train_examples).encode())
-        digest.update(data_hash(self.dev_examples).encode())
-        for part in (self.training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}), self.base.fingerprint):
-            digest.update(part.encode())
-        digest.update(repr((self.text_format, self.learning_rate, self.method, self.config)).encode())
-        return digest.hexdigest()[:16]
+        """Tells this run from any other: what is trained on, on which base, how, and how it is watched."""
+        parts = (
+            self.base.fingerprint, str(self.base.model.dtype), self.method, repr(self.config), repr(self.learning_rate),
+            repr(self.text_format), repr(self.decoding), repr(self.train_set), repr(self.dev_set),
+            self.training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}),
+        )  # fmt: skip
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def train(
@@ -108,10 +110,14 @@ def prepare_recipe(recipe: Recipe) -> Prepared:
     text = default_format([e.source for e in train_examples]).to_dict() | data.text
     if data.max_source_tokens is not None:
         text["max_source_tokens"] = data.max_source_tokens
+    decoding = default_decoding(train_examples)
+    if recipe.decoding is not None:  # what it does not say stays the default for these sources
+        said = recipe.decoding.model_dump(include=recipe.decoding.model_fields_set)
+        decoding = validated(Decoding, decoding.model_dump() | said, "decoding.")
     base = load_base(recipe.base, dtype=recipe.dtype, revision=recipe.base_revision)
     return prepare(
         base, train_examples, dev_examples, method=recipe.method, config=recipe.config,
-        text_format=TextFormat.from_dict(text), decoding=recipe.decoding, training=recipe.training,
+        text_format=TextFormat.from_dict(text), decoding=decoding, training=recipe.training,
         data_name=data.train, max_target_tokens=data.max_target_tokens,
     )  # fmt: skip
 
@@ -133,11 +139,22 @@ def prepare(
 
     max_target_tokens: longer targets are cut, and counted; None: one that does not fit is an error.
     """
+    require_generator(base)
+    if base.model.config.is_encoder_decoder and base.model.config.decoder_start_token_id is None:
+        raise TrainingError(f"the base '{base.name}' has no decoder_start_token_id: set it in its config.json")
     found = method_class(method)
     checked = checked_config(method, config)
     text_format = text_format or default_format([e.source for e in train_examples])
     torch.manual_seed(training.seed)
+    parent = None if checked.parent is None else Prefix.load(checked.parent)
+    if parent is not None:
+        parent.module(base.model)  # refuses the prefix of another base
     module = found.build(base, checked)
+    if parent is not None and parent.card.positions != module.positions:
+        raise PrefixError(
+            f"{checked.parent} has {parent.card.positions} positions, this recipe {module.positions}: "
+            f"set config.positions = '{parent.card.positions}'"
+        )
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
     fits = Limits(context=context, target=max_target_tokens)
@@ -217,8 +234,8 @@ def run_recipe(
         tags=recipe.tags, licence=recipe.licence, notes=recipe.notes,
     )  # fmt: skip
     prefix.save(recipe.prefix_folder, overwrite=overwrite)
-    journal.plot(recipe.name)
     (recipe.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    journal.plot(recipe.name)
     return prefix
 
 
@@ -253,6 +270,12 @@ def _bleu_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
     return measure
 
 
+def _metric_versions(prepared: Prepared) -> dict[str, Any]:
+    if prepared.training.dev_metric != "bleu":
+        return {}  # a loss has no version
+    return {"versions": {"dev_bleu": load("bleu").VERSION}}
+
+
 def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: str | None, notes: str) -> Card:
     base, training, progress = prepared.base, prepared.training, outcome.progress
     return Card(
@@ -269,6 +292,9 @@ def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: 
             "pairs": prepared.train_set.num_pairs,
             "truncated_sources": prepared.train_set.truncated_sources,
             "truncated_targets": prepared.train_set.truncated_targets,
+            "truncated_dev_sources": prepared.dev_set.truncated_sources,
+            "truncated_dev_targets": prepared.dev_set.truncated_targets,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
             "steps": progress.step,
             "kept_step": progress.best_step,
             "stopped_early": progress.stopped_early,
@@ -279,7 +305,8 @@ def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: 
             "versions": {name: version(name) for name in ("antefix", "torch", "transformers")},
             "python": platform.python_version(),
         },
-        scores={"dev": progress.dev_scores},
+        parents=() if prepared.config.parent is None else (Path(prepared.config.parent).name,),
+        scores={"dev": progress.dev_scores, **_metric_versions(prepared)},
         tags=tags,
         licence=licence,
         notes=notes,

@@ -1,0 +1,69 @@
+"""The command itself, in a process of its own: one line and exit code 2 for whatever is written wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from conftest import tiny_base
+
+ANTEFIX = Path(sys.executable).with_name("antefix")
+
+
+def antefix(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([ANTEFIX, *words], capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_the_version_and_the_help() -> None:
+    assert antefix("--version").stdout == version("antefix") + "\n"
+    for words in ((), ("bank",)):
+        found = antefix(*words)
+        assert "Usage: antefix" in found.stdout + found.stderr
+        assert found.returncode == 2
+    assert antefix("bank", "list", "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument 'recipe'"),
+        (["generate", "x", "--batch-size", "0"], "Invalid value for '--batch-size'"),
+        (["generate", "--nonsense"], "No such option"),
+        (["train", "none.toml"], "none.toml: no such recipe; `antefix init FILE` writes a first one"),
+        (["bank", "list", "--bank", "nowhere"], "there is no bank 'nowhere'"),
+        (["eval", "--references", "none.csv", "--hypotheses", "none.txt"], "none.csv: no such file"),
+        (["doctor", "no/such/folder"], "no folder or file 'no/such/folder'"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    found = antefix(*words, folder=tmp_path)
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert found.stderr.startswith("antefix: ")
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1, found.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of a terminal")
+def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    base.model.save_pretrained(tmp_path / "llama")
+    base.tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "a.csv").write_text("name,text\n" + "".join(f"x{n},y\n" for n in range(5000)))
+    command = [ANTEFIX, "generate", "--base", "llama", "-i", "a.csv", "-o", "a.txt", "--set", "num_beams=1"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (tmp_path / "a.txt.partial").exists():
+        assert running.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    assert running.communicate(timeout=30)[1].splitlines()[-1] == "antefix: interrupted"
+    assert running.returncode == 130
