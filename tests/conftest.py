@@ -1,14 +1,15 @@
 """Tiny, lopsided models of real architectures, built from their configs: no download, unlike dimensions.
 
-Every test is sealed off, and so is every process it starts: the user's folders are out of sight, each test has a home
-of its own, and there is no network but this machine, unless the test is marked `network`.
+Every test is sealed off: the user's folders are out of sight, each test has a home of its own, and there is no network
+but this machine, unless the test is marked `network`. Processes that a test starts have that home too.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -207,6 +208,11 @@ def tiny_pair(base: Base, method: str = "prefix_tuning", **config: Any) -> tuple
     return tiny_method(base, method, **config), tiny_method(base, method, seed=2, **{**other, **config})
 
 
+def heed_interrupts() -> None:
+    """For a process's start: a shell has what it starts in the background ignore Ctrl-C, and that is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -228,8 +234,6 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 def close_the_network() -> None:
     """From here on, whoever looks beyond this machine in this process gets a RuntimeError."""
-    import os
-    import sys
 
     def refuse(event: str, arguments: tuple[object, ...]) -> None:
         if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
@@ -248,13 +252,7 @@ def close_the_network() -> None:
 
 
 def pytest_configure() -> None:
-    """Close the network here, and in every Python that a test starts."""
     close_the_network()
-    first = SEALED / "first"
-    first.mkdir()
-    source = f"{inspect.getsource(close_the_network)}\n\nclose_the_network()\n"
-    (first / "sitecustomize.py").write_text(source, encoding="utf-8")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(first), os.environ.get("PYTHONPATH")]))
 
 
 def pytest_unconfigure() -> None:

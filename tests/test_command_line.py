@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import tiny_base
+from conftest import heed_interrupts, tiny_base
 
 ANTEFIX = Path(sys.executable).with_name("antefix")
 
@@ -58,12 +58,13 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     base.tokenizer.save_pretrained(tmp_path / "llama")
     (tmp_path / "a.csv").write_text("name,text\n" + "".join(f"x{n},y\n" for n in range(5000)))
     command = [ANTEFIX, "generate", "--base", "llama", "-i", "a.csv", "-o", "a.txt", "--set", "num_beams=1"]
-    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while not (tmp_path / "a.txt.partial").exists():
-        assert running.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=30)[1].splitlines()[-1] == "antefix: interrupted"
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as running:
+        until = time.monotonic() + 60
+        while not (tmp_path / "a.txt.partial").exists() and running.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=30)[1]
+    assert said.splitlines()[-1] == "antefix: interrupted"
     assert running.returncode == 130

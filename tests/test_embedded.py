@@ -49,10 +49,7 @@ class TestSealedOff:
                 client.sendall(b"x")
                 assert accepted.recv(1) == b"x"
 
-    def test_a_process_that_a_test_starts_is_sealed_off_too(self, own_home: Path) -> None:
-        done = python("import socket; socket.create_connection(('192.0.2.1', 9), timeout=1)")
-        assert done.returncode == 1
-        assert "the network is closed to tests" in done.stderr
+    def test_a_process_that_a_test_starts_has_the_tests_home(self, own_home: Path) -> None:
         done = python("import pathlib, antefix.embedded as e; print(pathlib.Path.home(), e.home())")
         assert done.stdout.split() == [str(own_home), str(own_home / "antefix")]
 

@@ -174,11 +174,11 @@ class TestLiveLine:
         monkeypatch.setattr("antefix.cli.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
         out = io.StringIO()
         with LiveLine(Console(file=out), 9, "text") as line:
-            for done, seconds in enumerate((1, 29.9, 31, 60.9, 61.1, 62, 62.1, 90, 95), start=1):
+            for done, seconds in enumerate((1, 29.9, 31, 60.9, 61.1, 62, 62.1, 80, 90), start=1):
                 clock.now = 100.0 + seconds
                 line.show(done, f"after {seconds}", always=done == 6)
         assert out.getvalue().splitlines() == [
-            "text 3/9  after 31", "text 5/9  after 61.1", "text 6/9  after 62", "text 9/9  after 95",
+            "text 3/9  after 31", "text 5/9  after 61.1", "text 6/9  after 62", "text 9/9  after 90",
         ]  # fmt: skip
 
 
