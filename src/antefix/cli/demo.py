@@ -130,7 +130,7 @@ def _show(result: dict[str, Any], texts: list[dict[str, str]]) -> None:
     for row in texts:
         out.print(f"\n[bold]{escape(row['table'])}[/bold]")
         out.print(f"  before  {escape(' '.join(row['before'].split()))}", highlight=False)
-        out.print(f"  after   {escape(row['after'])}", highlight=False)
+        out.print(f"  after   {escape(' '.join(row['after'].split()))}", highlight=False)
     names = {"bleu": "BLEU", "rouge_l_13a": "ROUGE-L*"}
     table = Table(title=f"{result['test_tables']} test tables", title_justify="left")
     for column in ("", *names.values()):

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from antefix import atomic
 from antefix.errors import TrainingError
 from antefix.training.loop import StepReport
 
@@ -35,7 +36,7 @@ class Journal:
             if self._rows is None:
                 self._rows = [r for r in read_log(self._log) if r["step"] < report.step]
                 self._log.parent.mkdir(parents=True, exist_ok=True)
-                self._log.write_text("".join(json.dumps(r) + "\n" for r in self._rows), encoding="utf-8")
+                atomic.write_bytes(self._log, "".join(json.dumps(r) + "\n" for r in self._rows).encode())
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
