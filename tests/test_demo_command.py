@@ -91,8 +91,8 @@ def interrupted() -> list[str]:
             process.send_signal(signal.SIGINT)
             break
     process.communicate()
-    assert process.returncode in (0, 130), lines
-    return lines if process.returncode else []
+    assert process.returncode in (0, 130, -signal.SIGINT), lines  # the last: it was on its way out
+    return lines if process.returncode == 130 else []
 
 
 def test_an_interrupted_demo_goes_on() -> None:
