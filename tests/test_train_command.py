@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from test_prefix_file import no_file_larger_than
 from typer.testing import CliRunner
 
 from antefix.cli import app
+from antefix.cli.train import stop_after_step
 from antefix.errors import AntefixError, TrainingError
 from antefix.prefix import Prefix
 from antefix.training.checkpoint import CHECKPOINT_FILE
@@ -182,3 +187,30 @@ def test_a_kept_prefix_is_never_overwritten_unasked() -> None:
 def test_errors_are_of_the_tree() -> None:
     result = CliRunner().invoke(app, ["train", "menus.toml", "training.trackers=['foo']"])
     assert isinstance(result.exception, TrainingError)
+
+
+class Interrupting(io.RawIOBase):
+    """A stream that is interrupted while it is written to, once."""
+
+    def __init__(self) -> None:
+        self.pending = True
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        if self.pending:
+            self.pending = False
+            signal.raise_signal(signal.SIGINT)
+        return len(content)
+
+
+def test_an_interrupt_while_progress_is_written_is_heeded(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A buffered stream refuses to be written to by who interrupted a write to it."""
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(io.BufferedWriter(Interrupting()), write_through=True))
+    with stop_after_step() as asked:
+        print("step 1", file=sys.stderr, flush=True)
+        assert asked()
+    assert capfd.readouterr().err.startswith("stopping after this step; the same command goes on from here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from antefix.cli.output import Json, console, print_json
 if TYPE_CHECKING:
     from antefix.training.recipe import Recipe
     from antefix.training.run import Prepared
+
+_STDERR = 2
 
 
 def train(
@@ -118,7 +121,10 @@ def stop_after_step() -> Iterator[Any]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        console().print("stopping after this step; the same command goes on from here (Ctrl-C again: stop at once)")
+        # Past Python's buffers: they may be in the middle of a progress line, and refuse to be entered twice.
+        os.write(
+            _STDERR, b"stopping after this step; the same command goes on from here (Ctrl-C again: stop at once)\n"
+        )
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
