@@ -65,7 +65,6 @@ class Outcome:
     tensors: dict[str, Tensor]
     """The kept tensors of the best step."""
     form: BatchForm
-    tokens_per_second: float
 
 
 def train_loop(
@@ -111,7 +110,7 @@ def train_loop(
             train_set, pairs_per_step=recipe.pairs_per_step, targets_per_row=recipe.targets_per_row, seed=recipe.seed
         )
         started, seconds_before, steps_before = time.perf_counter(), progress.seconds, progress.step
-        last_saved, evaluating, tokens = started, 0.0, 0
+        last_saved, evaluating = started, 0.0
         for units in itertools.islice(plan, progress.step, num_steps):
             if progress.stopped_early:
                 break
@@ -128,7 +127,6 @@ def train_loop(
                 )
                 part_loss.backward()  # type: ignore[no-untyped-call]
                 loss += part_loss.detach()
-                tokens += batch.num_tokens
             if accelerator.num_processes > 1:
                 _sum_over_processes(accelerator, parameters)
                 loss = accelerator.reduce(loss, "sum")
@@ -173,13 +171,12 @@ def train_loop(
             watch(report)
             if stop and not is_over:
                 raise KeyboardInterrupt
-        tokens_per_second = tokens / max(time.perf_counter() - started - evaluating, 1e-9)
     if recipe.trackers:
         accelerator.end_training()
     if not evaluate_at:
         progress.best_step, best = progress.step, module.kept_tensors()
     module.eval()
-    return Outcome(progress, best, form, tokens_per_second)
+    return Outcome(progress, best, form)
 
 
 def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
