@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "antefix"
 
 LAYERS = [
     {"cli"},
-    {"demo"},
+    {"benchmarks", "demo"},
     {"doctor", "interop", "training", "bank", "generated_file"},
     {"generation"},
     {"attach"},

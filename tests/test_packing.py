@@ -36,7 +36,15 @@ def encoded(*shapes: tuple[int, tuple[int, ...]], seed: int = 0) -> Encoded:
     return Encoded(tuple(EncodedExample(ids(s), tuple(ids(t) for t in targets)) for s, targets in shapes), 0, 0)
 
 
-DATA = encoded((7, (5, 1, 9)), (3, (6,)), (11, (2, 7)), (1, (4, 4, 3, 8)))
+def alike() -> EncodedExample:
+    """Targets that share beginnings: all of one, most of it, its first token, nothing."""
+    example = encoded((5, (8, 6)), seed=3).examples[0]
+    one, other = example.targets
+    return EncodedExample(example.source, (one, one[:6], (*one[:5], *other[:3]), (one[0], *other[1:])))
+
+
+UNALIKE = encoded((7, (5, 1, 9)), (3, (6,)), (11, (2, 7)), (1, (4, 4, 3, 8)))
+DATA = Encoded((*UNALIKE.examples, alike()), 0, 0)
 
 
 def prefix_for(model: PreTrainedModel, positions: Positions) -> PrefixTuning:
@@ -93,6 +101,15 @@ def llama() -> PreTrainedModel:
     return tiny_model("llama").requires_grad_(False)
 
 
+def test_what_targets_have_in_common_is_fed_and_scored_once(llama: PreTrainedModel) -> None:
+    batch = packed_batch(Encoded((alike(),), 0, 0), [Unit(0, (0, 1, 2, 3))], llama)
+    # The source, the whole first target but its last token, three tokens of the third that leave it after five
+    # (the last is only predicted), and four of the fourth that leave it after one.
+    assert batch.num_tokens == batch.num_real_tokens == 5 + 7 + 2 + 4
+    assert len(batch.positions) == 1 + 7 + 2 + 4
+    assert len(batch.label) == 8 + 6 + 8 + 6
+
+
 def test_a_target_does_not_see_another(llama: PreTrainedModel) -> None:
     first, other = encoded((4, (5, 5)), seed=0), encoded((4, (5, 5)), seed=1)
     mixed = Encoded(
@@ -140,7 +157,8 @@ def test_a_packed_row_feeds_less(llama: PreTrainedModel) -> None:
     """A source is fed once, and no target's last token at all."""
     units = [Unit(0, (0, 1, 2))]
     assert packed_batch(DATA, units, llama).num_tokens == 7 + 4 + 0 + 8
-    assert padded_batch(DATA, units, llama).num_tokens == 3 * (7 + 8)
+    padded = padded_batch(DATA, units, llama)
+    assert (padded.num_tokens, padded.num_real_tokens) == (3 * (7 + 8), 3 * 7 + 4 + 0 + 8)
 
 
 def test_layers_that_no_mask_describes_are_refused(llama: PreTrainedModel) -> None:

@@ -10,7 +10,8 @@ AntefixError
 ├── BankError            a bank cannot do what was asked (missing name, taken name)
 ├── TrainingError        a run cannot start, resume or go on
 ├── GenerationError      texts cannot be generated as asked
-└── MetricError          a score cannot be computed (a missing program, unequal counts)
+├── MetricError          a score cannot be computed (a missing program, unequal counts)
+└── BenchmarkError       something cannot be measured here, or two arms do not compute the same
 
 A message says what was given, what is allowed and what to do, in one line. The command line prints
 it and exits with 2; no traceback is shown for these.
@@ -64,6 +65,10 @@ class GenerationError(AntefixError):
 
 class MetricError(AntefixError):
     """A score cannot be computed."""
+
+
+class BenchmarkError(AntefixError):
+    """Something cannot be measured here, or two arms do not compute the same."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

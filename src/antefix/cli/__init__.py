@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 
 from antefix.cli.bank import bank_app
 from antefix.cli.base import base_app
+from antefix.cli.bench import bench_app
 from antefix.cli.demo import demo
 from antefix.cli.doctor import doctor
 from antefix.cli.eval import evaluate
@@ -59,6 +60,7 @@ app.command("generate")(generate)
 app.command("eval")(evaluate)
 app.add_typer(base_app, name="base")
 app.add_typer(bank_app, name="bank")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

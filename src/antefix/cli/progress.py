@@ -43,10 +43,11 @@ class LiveLine:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, done: int, message: str, *, always: bool = False) -> None:
-        """done: of the total. always: print the message even without a terminal."""
+    def show(self, done: int, message: str, *, total: int | None = None, always: bool = False) -> None:
+        """done: of the total, which may change. always: print the message even without a terminal."""
+        self._total = self._total if total is None else total
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=message)
+            self._bar.update(self._task, completed=done, total=self._total, description=message)
         now = time.monotonic()
         if always or (self._bar is None and (now - self._last >= _PLAIN_LINE_SECONDS or done == self._total)):
             self._out.print(f"{self._unit} {done}/{self._total}  {message}", highlight=False)

@@ -1,10 +1,10 @@
 """From token ids to the tensors of a forward pass.
 
-A *packed row* is one source followed by its targets. Every target token sees the source and its own target
-only, at the positions it would have alone, and the last source token predicts the first token of every
-target. Loss and gradient equal those of one padded row a pair, with about half the tokens. A target's last
-token predicts nothing and is not fed at all. For an encoder-decoder base a source is encoded once and its
-targets are rows of the decoder.
+A *packed row* is one source followed by its targets, as a tree: what targets have in common at their beginning
+is fed once. Every target token sees the source and what stands before it in its own target, at the positions it
+would have alone, and the last source token predicts the first token of every target. Loss and gradient equal
+those of one padded row a pair, with about half the tokens. A target's last token predicts nothing and is not fed
+at all. For an encoder-decoder base a source is encoded once and its targets are rows of the decoder.
 
 Axes: B rows, T tokens of a row, N labels, M pairs, U distinct positions that are scored.
 """
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,8 @@ class Batch:
     num_pairs: int
     num_tokens: int
     """Tokens fed, padding included."""
+    num_real_tokens: int
+    """Tokens fed, without padding."""
     encoder: dict[str, Tensor] | None = None
     source_of_row: Tensor | None = None
 
@@ -52,11 +55,9 @@ def packed_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel
     rows = [_Row.of(encoded, unit) for unit in units]
     ids, _ = _right_padded([r.ids for r in rows], _pad_id(model))
     positions, _ = _right_padded([r.positions for r in rows], 0)
-    segments, _ = _right_padded([r.segments for r in rows], -1)  # 0 the source, 1.. its targets
-    own, other = segments[:, :, None], segments[:, None, :]
-    order = torch.arange(ids.shape[1])
-    visible = ((own == other) | (other == 0)) & (order[:, None] >= order[None, :]) & (own >= 0) & (other >= 0)
-    visible |= torch.eye(ids.shape[1], dtype=torch.bool)  # padding sees itself: no query may be blind
+    visible = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: none is blind
+    for b, row in enumerate(rows):
+        visible[b, : len(row.ids), : len(row.ids)] = _self_and_ancestors(row.parents)
     distance = positions[:, :, None] - positions[:, None, :]
     inputs = {
         "input_ids": ids,
@@ -92,6 +93,7 @@ def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTra
         pair=torch.tensor([b for b, t in enumerate(targets) for _ in t]),
         num_pairs=len(targets),
         num_tokens=encoder_ids.numel() + decoder_ids.numel(),
+        num_real_tokens=int(encoder_mask.sum() + decoder_mask.sum()),
         encoder={"input_ids": encoder_ids, "attention_mask": encoder_mask},
         source_of_row=source_of_row,
     )
@@ -99,30 +101,43 @@ def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTra
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row: its tokens, their positions and segments, and (position in row, label) of each of its pairs."""
+    """One row, a tree of tokens: what stands before each (its parent), and the labels of each pair.
+
+    parents: places in the row, -1 for the first token. labels: (place that predicts, label) for every pair.
+    """
 
     ids: list[int]
     positions: list[int]
-    segments: list[int]
+    parents: list[int]
     labels: list[list[tuple[int, int]]]
 
     @classmethod
     def of(cls, encoded: Encoded, unit: Unit) -> _Row:
         example = encoded.examples[unit.example]
         ids = list(example.source)
+        row = cls(ids, list(range(len(ids))), list(range(-1, len(ids) - 1)), [])
         last_of_source = len(ids) - 1
-        positions = list(range(len(ids)))
-        segments = [0] * len(ids)
-        labels = []
-        for number, target_index in enumerate(unit.targets, start=1):
-            target = example.targets[target_index]
-            first = len(ids)
-            ids += target[:-1]
-            positions += range(last_of_source + 1, last_of_source + len(target))
-            segments += [number] * (len(target) - 1)
-            predicting = [last_of_source, *range(first, first + len(target) - 1)]
-            labels.append(list(zip(predicting, target, strict=True)))
-        return cls(ids, positions, segments, labels)
+        places: dict[tuple[int, int], int] = {}  # (parent, token) -> its place
+        for target in (example.targets[index] for index in unit.targets):
+            place, labels = last_of_source, []
+            for token in target[:-1]:
+                labels.append((place, token))
+                if (place, token) not in places:
+                    places[place, token] = len(ids)
+                    ids.append(token)
+                    row.positions.append(row.positions[place] + 1)
+                    row.parents.append(place)
+                place = places[place, token]
+            row.labels.append([*labels, (place, target[-1])])
+        return row
+
+
+def _self_and_ancestors(parents: Sequence[int]) -> Tensor:
+    """Which tokens of a row a token sees: (T, T), itself and all that stands before it in its own text."""
+    seen = np.eye(len(parents), dtype=bool)
+    for place, parent in enumerate(parents[1:], start=1):
+        seen[place] |= seen[parent]
+    return torch.from_numpy(seen)
 
 
 def _with_labels(inputs: dict[str, Any], rows: Sequence[_Row]) -> Batch:
@@ -133,7 +148,7 @@ def _with_labels(inputs: dict[str, Any], rows: Sequence[_Row]) -> Batch:
         for position, label in labels
     ]
     where = torch.tensor([position for position, _, _ in flat])
-    # The last source token is scored once for every target: its logits are computed once.
+    # A token with several continuations is scored against each: its logits are computed once.
     positions, row = torch.unique(where, return_inverse=True)
     return Batch(
         inputs=inputs,
@@ -143,6 +158,7 @@ def _with_labels(inputs: dict[str, Any], rows: Sequence[_Row]) -> Batch:
         pair=torch.tensor([pair for _, _, pair in flat]),
         num_pairs=sum(len(row.labels) for row in rows),
         num_tokens=inputs["input_ids"].numel(),
+        num_real_tokens=sum(len(row.ids) for row in rows),
     )
 
 

@@ -65,7 +65,7 @@ def import_peft(folder: str | Path, base: Base, *, positions: Positions = "in_pl
     config = _read_config(path / CONFIG_FILE)
     matrix = _read_matrix(path, config)
     sites = _fitting_sites(path, config, base)
-    tensors = _split(matrix, sites)
+    tensors = split_matrix(matrix, sites)
     notes = [f"Imported from a PEFT checkpoint of the base '{one_line(config.base_model_name_or_path)}'."]
     if positions == "in_place":
         try:
@@ -142,7 +142,8 @@ def _fitting_sites(folder: Path, config: _AdapterConfig, base: Base) -> tuple[Si
     return sites.attention
 
 
-def _split(matrix: Tensor, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+def split_matrix(matrix: Tensor, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+    """PEFT's matrix (P, layers * 2 * G * D) as tensors by name, keys and values as PEFT holds them (G, P, D)."""
     tensors = {}
     num_slots = matrix.shape[0]
     parts = iter(matrix.chunk(2 * len(sites), dim=1))

@@ -1,0 +1,78 @@
+"""What this machine can do at most, measured in the same run as what was done on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("antefix", "torch", "transformers", "peft", "torchao")
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def description() -> dict[str, Any]:
+    """Processor, what it knows of matrices, threads, versions."""
+    info = _cpuinfo()
+    flags = set(info.get("flags", "").split())
+    return {
+        "processor": info.get("model name") or platform.processor() or platform.machine(),
+        "features": [flag for flag in _CPU_FLAGS if flag in flags],
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+    }
+
+
+def matrix_peak_gflops(
+    shapes: Iterable[tuple[int, int]], rows: Iterable[int], dtype: torch.dtype, seconds_each: float = 0.15
+) -> float:
+    """The best rate of `rows x in` times `in x out` over these (in, out) shapes, in GFLOP/s."""
+    best = 0.0
+    for width_in, width_out in shapes:
+        weight = torch.randn(width_out, width_in).to(dtype)
+        for count in rows:
+            x = torch.randn(count, width_in).to(dtype)
+            fastest = _fastest(lambda x=x, w=weight: torch.nn.functional.linear(x, w), seconds_each)
+            best = max(best, 2 * count * width_in * width_out / fastest / 1e9)
+    return best
+
+
+def read_bandwidth_gb_s(mebibytes: int = 512, seconds: float = 0.5) -> float:
+    """How fast memory that is in no cache is read, in GB/s: the bound of decoding one row."""
+    data = torch.ones(mebibytes * 2**20 // 4)
+    return data.numel() * 4 / _fastest(data.sum, seconds) / 1e9
+
+
+def _fastest(work: Any, seconds: float) -> float:
+    work()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while True:
+        started = time.perf_counter()
+        work()
+        now = time.perf_counter()
+        best = min(best, now - started)
+        if now >= until:
+            return best
+
+
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    first = path.read_text(encoding="utf-8").split("\n\n")[0]
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

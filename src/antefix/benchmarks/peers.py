@@ -1,0 +1,124 @@
+"""The peers' arms: PEFT's prefix-tuning and full fine-tuning, as their documentation shows them.
+
+Pairs are padded on the right, the model computes every logit and its own loss. Batches are sorted by length with
+transformers' own sampler, or drawn at random.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from antefix.base import Base, Dtype
+from antefix.benchmarks.workload import Work, common_slots, load_workload, peak_mib
+from antefix.errors import BenchmarkError
+
+_IGNORED = -100
+Pair = tuple[int, int]
+"""Index of an example, index of its target."""
+
+
+class PaddedTraining:
+    """One optimiser step after another, on padded pairs; trains PEFT's prefix, or every weight (`full`)."""
+
+    def __init__(
+        self, base: str, data: str, dtype: Dtype, trained: Literal["prefix", "full"], num_slots: int,
+        pairs_per_step: int, forward_pairs: int, sort: bool,
+    ) -> None:  # fmt: skip
+        self._base, self._data = load_workload(base, data, dtype)
+        self._model: Any = self._base.model
+        if trained == "prefix":
+            self._model = peft_model(self._base, num_slots)
+        else:
+            self._model.requires_grad_(True)
+        self._num_slots, self._pairs_per_step, self._sort = num_slots, pairs_per_step, sort
+        self.forward_pairs = forward_pairs
+        self._pairs = [(n, t) for n, e in enumerate(self._data.examples) for t in range(len(e.targets))]
+        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimiser = torch.optim.AdamW(self._trained, lr=1e-3)
+
+    def check_loss(self, pairs: Sequence[Pair]) -> float:
+        """Mean loss of a target token over these pairs, with the slots that all arms are given."""
+        if self._model is not self._base.model:
+            give_slots(self._model, common_slots(self._base.model, self._num_slots))
+        self._model.eval()
+        with torch.no_grad():
+            return float(self._model(**self._batch(pairs)).loss)
+
+    def set_forward_pairs(self, forward_pairs: int) -> None:
+        """How many pairs go through the model together; a step may take several forward passes."""
+        self.forward_pairs = forward_pairs
+
+    def work(self, seed: int, num_steps: int) -> Work:
+        """Optimiser steps on pairs drawn with this seed."""
+        self._model.train()
+        drawn = self._drawn(seed, num_steps)
+        started = time.perf_counter()
+        for pairs in drawn:
+            num_labels = self._num_labels(pairs)
+            for start in range(0, len(pairs), self.forward_pairs):
+                part = pairs[start : start + self.forward_pairs]
+                loss = self._model(**self._batch(part)).loss * (self._num_labels(part) / num_labels)
+                loss.backward()
+            nn.utils.clip_grad_norm_(self._trained, 1.0)
+            self._optimiser.step()
+            self._optimiser.zero_grad(set_to_none=True)
+        return Work(num_steps * self._pairs_per_step, time.perf_counter() - started)
+
+    def peak_mib(self, seed: int) -> float:
+        """Peak memory of one optimiser step above the model and the optimiser's state."""
+        return peak_mib(lambda: self.work(seed, 1))
+
+    def _drawn(self, seed: int, num_steps: int) -> list[list[Pair]]:
+        draw, size = torch.Generator().manual_seed(seed), self._pairs_per_step
+        if self._sort:
+            lengths = [self._length(pair) for pair in self._pairs]
+            order = get_length_grouped_indices(lengths, size, generator=draw)  # type: ignore[no-untyped-call]
+            # The sampler puts the longest pairs of all first: over an epoch that evens out, over a few steps it would
+            # be held against the peer.
+            order = order[size:]
+        else:
+            order = torch.randperm(len(self._pairs), generator=draw).tolist()
+        if len(order) < num_steps * size:
+            raise BenchmarkError(f"{num_steps} steps of {size} pairs need more than the {len(self._pairs)} pairs here")
+        return [[self._pairs[i] for i in order[n * size : (n + 1) * size]] for n in range(num_steps)]
+
+    def _length(self, pair: Pair) -> int:
+        example = self._data.examples[pair[0]]
+        return len(example.source) + len(example.targets[pair[1]])
+
+    def _num_labels(self, pairs: Sequence[Pair]) -> int:
+        return sum(len(self._data.examples[n].targets[t]) for n, t in pairs)
+
+    def _batch(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        longest = max(map(self._length, pairs))
+        pad = self._base.tokenizer.pad_token_id
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for n, t in pairs:
+            source, target = self._data.examples[n].source, self._data.examples[n].targets[t]
+            length = len(source) + len(target)
+            gap = longest - length
+            rows["input_ids"].append([*source, *target, *[pad] * gap])
+            rows["attention_mask"].append([1] * length + [0] * gap)
+            rows["labels"].append([*[_IGNORED] * len(source), *target, *[_IGNORED] * gap])
+        return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def peft_model(base: Base, num_slots: int) -> Any:
+    """The base under PEFT's prefix-tuning. Raises BenchmarkError where PEFT is not installed."""
+    try:
+        from peft import PrefixTuningConfig, get_peft_model
+    except ImportError as error:
+        raise BenchmarkError("PEFT is not installed: pip install 'antefix[bench]'") from error
+    return get_peft_model(base.model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_slots))
+
+
+def give_slots(model: Any, slots: Tensor, adapter: str = "default") -> None:
+    """Put these values into a PEFT prefix."""
+    with torch.no_grad():
+        model.prompt_encoder[adapter].embedding.weight.copy_(slots)

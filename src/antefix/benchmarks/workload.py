@@ -1,0 +1,90 @@
+"""What the arms of a benchmark have in common: a base, encoded pairs, slots that all are given, peak memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from antefix.base import Base, Dtype, load_base
+from antefix.data import read
+from antefix.data.encode import Encoded, Limits, encode
+from antefix.data.linearise import default_format
+from antefix.errors import BenchmarkError
+from antefix.interop.peft import split_matrix
+from antefix.methods import method_class
+from antefix.methods.base import MethodModule
+from antefix.sites import find_sites
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a turn did."""
+
+    count: int
+    """Pairs in training, new tokens in decoding."""
+    seconds: float
+
+    @property
+    def per_second(self) -> float:
+        return self.count / self.seconds
+
+
+def load_workload(base: str, data: str, dtype: Dtype) -> tuple[Base, Encoded]:
+    """A base, and the pairs of a data file as token ids."""
+    loaded = load_base(base, dtype=dtype)
+    examples = [e for e in read(data) if e.targets]
+    text_format = default_format([e.source for e in examples])
+    return loaded, encode(examples, text_format, loaded.tokenizer, Limits(context=loaded.context_length))
+
+
+def common_slots(model: PreTrainedModel, num_slots: int, seed: int = 0) -> Tensor:
+    """Random slots as PEFT holds them, (P, layers * 2 * G * D): the same in every arm that asks for this seed."""
+    widths = sum(s.num_key_value_heads * (s.key_width + s.value_width) for s in find_sites(model).attention)
+    return 0.3 * torch.randn(num_slots, widths, generator=torch.Generator().manual_seed(seed))
+
+
+def our_prefix(model: PreTrainedModel, slots: Tensor) -> MethodModule:
+    """PEFT's matrix as a prefix of ours, its positions shifted as PEFT has them."""
+    sites = find_sites(model)
+    method = method_class("prefix_tuning")
+    config = method.Config.model_validate({"num_virtual_tokens": slots.shape[0], "positions": "shifted"})
+    return method.restore(sites, config, split_matrix(slots, sites.attention))
+
+
+def parameters_in_products(model: PreTrainedModel) -> tuple[int, int]:
+    """How many weights the layers' matrix products have, and the output head's."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return layers, sum(p.numel() for p in head.parameters())
+
+
+def peak_mib(work: Callable[[], object]) -> float:
+    """How far a piece of work takes this process's memory above where it stands, in MiB.
+
+    The work is done once before, so that what is kept from then on (code, the model's pages) counts for nothing.
+    Raises BenchmarkError where the system cannot tell (only Linux can).
+    """
+    work()
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _memory_mib("VmRSS")
+        _CLEAR.write_text("5", encoding="ascii")
+        work()
+        return _memory_mib("VmHWM") - before
+    except (OSError, AttributeError) as error:
+        raise BenchmarkError(f"peak memory cannot be measured here: {error}") from error
+
+
+def _memory_mib(name: str) -> float:
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
+    return int(lines[name].split()[0]) / 1024

@@ -1,0 +1,103 @@
+"""`antefix bench`: speed and memory side by side with the peers, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from antefix.cli.output import Json, console, print_json
+
+bench_app = typer.Typer(no_args_is_help=True, help="Speed and memory, side by side with the peers.")
+
+Base = Annotated[str, typer.Option(help="The base: `smollm2-135m`, a hub id or a folder.")]
+Data = Annotated[str | None, typer.Option(help="A data file with sources and targets; without: the demo's own tables.")]
+Precision = Annotated[str, typer.Option(metavar="A,B", help="Of float32 and bfloat16.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The headline ratios, in minutes.")]
+Out = Annotated[Path | None, typer.Option(help="Also write a record, a page and a plot into this folder.")]
+
+
+@bench_app.command("train")
+def train(
+    base: Base = "smollm2-135m",
+    data: Data = None,
+    precision: Precision = "float32,bfloat16",
+    pairs_per_step: Annotated[int, typer.Option(min=1, help="Pairs an optimiser step, in every arm.")] = 32,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Pairs a second in training: ours, PEFT's prefix-tuning (sorted by length, and at random), full fine-tuning.
+
+    Every arm lives in a process of its own and works in turn; ratios are taken within a round. Before anything is
+    timed, all arms must have the same loss with the same slots.
+
+    Example: `antefix bench train --data e2e-dataset.zip::trainset.csv --quick`
+    """
+    from antefix.benchmarks.training import TrainingBench, bench_training
+
+    settings = TrainingBench(
+        base=base, data=_data(data), precisions=_precisions(precision), pairs_per_step=pairs_per_step,
+        rounds=rounds or (3 if quick else 15), steps_per_round=1 if quick else 4, with_full=not quick,
+    )  # fmt: skip
+    _run(lambda watch: bench_training(settings, watch), out, as_json)
+
+
+@bench_app.command("generate")
+def generate(
+    base: Base = "smollm2-135m",
+    data: Data = None,
+    precision: Precision = "float32,bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="Sources decoded together.")] = 16,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """New tokens a second: the bare base, ours and PEFT with few and many slots, a batch of unlike prefixes.
+
+    Greedy, every row the same number of new tokens. Before anything is timed, ours and PEFT must have the same logits
+    with the same slots.
+
+    Example: `antefix bench generate --data e2e-dataset.zip::devset.csv --quick`
+    """
+    from antefix.benchmarks.decoding import DecodingBench, bench_decoding
+
+    settings = DecodingBench(
+        base=base, data=_data(data), precisions=_precisions(precision), batch=batch,
+        rounds=rounds or (3 if quick else 9),
+    )  # fmt: skip
+    _run(lambda watch: bench_decoding(settings, watch), out, as_json)
+
+
+def _run(bench: Any, out: Path | None, as_json: bool) -> None:
+    from antefix.benchmarks.report import markdown, write_report
+    from antefix.cli.progress import LiveLine
+
+    screen = console()
+    with LiveLine(screen, 1, "turn") as line:
+        record = bench(lambda done, total, what: line.show(done, what, total=total))
+    if out is not None:
+        write_report(record, out)
+        screen.print(f"record, report and plot are in {out}", highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(record)
+    else:
+        typer.echo(markdown(record))
+
+
+def _data(data: str | None) -> str:
+    from antefix.demo import TABLES
+
+    return str(TABLES) if data is None else data
+
+
+def _precisions(given: str) -> Any:
+    from antefix.errors import BenchmarkError
+
+    names = tuple(name.strip() for name in given.split(","))
+    if not set(names) <= {"float32", "bfloat16"}:
+        raise BenchmarkError(f"--precision {given}: of float32 and bfloat16, separated by a comma")
+    return names
