@@ -15,13 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from antefix.attach import attached
+from antefix.attention.hook import routed
 from antefix.base import Base
-from antefix.data.batch import Batch, packed_batch, padded_batch
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit, all_units
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.initial import Positions
-from antefix.training.objectives import label_logits, pair_losses
+from antefix.training.batch import Batch, packed_batch, padded_batch
+from antefix.training.head import label_logits
+from antefix.training.objectives import pair_losses
 
 WINDOWED = ("mistral", "gemma2", "gemma3")
 
@@ -54,10 +56,16 @@ def prefix_for(model: PreTrainedModel, positions: Positions) -> PrefixTuning:
     return PrefixTuning.build(base, config)
 
 
+def losses_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """As in training, where attention goes through ours."""
+    with routed(model):
+        return pair_losses(model, batch)
+
+
 def gradients(model: PreTrainedModel, batch: Batch, prefix: PrefixTuning | None) -> tuple[Tensor, list[Tensor]]:
     """Losses, and the gradients of a sum that weighs every pair differently."""
     learned = [model.get_input_embeddings().weight] if prefix is None else list(prefix.parameters())
-    losses = pair_losses(model, batch)
+    losses = losses_of(model, batch)
     weights = torch.linspace(0.5, 1.5, batch.num_pairs)
     return losses.detach(), list(torch.autograd.grad((losses * weights).sum(), learned))
 
@@ -88,11 +96,11 @@ def test_windows_count_positions(name: str) -> None:
     """The last target stands right behind its source: a window that counted places in the row would hide it."""
     model = tiny_model(name)
     data = encoded((3, (9, 9, 6)))
-    whole = pair_losses(model, packed_batch(data, [Unit(0, (0, 1, 2))], model))
-    alone = pair_losses(model, packed_batch(data, [Unit(0, (2,))], model))
+    whole = losses_of(model, packed_batch(data, [Unit(0, (0, 1, 2))], model))
+    alone = losses_of(model, packed_batch(data, [Unit(0, (2,))], model))
     torch.testing.assert_close(whole[2:], alone, rtol=1e-5, atol=1e-5)
     model.config.sliding_window = 100
-    blind = pair_losses(model, packed_batch(data, [Unit(0, (0, 1, 2))], model))
+    blind = losses_of(model, packed_batch(data, [Unit(0, (0, 1, 2))], model))
     assert (blind - whole).abs().max() > 1e-3, "the window is at work in this test"
 
 
@@ -105,7 +113,7 @@ def test_what_targets_have_in_common_is_fed_and_scored_once(llama: PreTrainedMod
     batch = packed_batch(Encoded((alike(),), 0, 0), [Unit(0, (0, 1, 2, 3))], llama)
     # The source, the whole first target but its last token, three tokens of the third that leave it after five
     # (the last is only predicted), and four of the fourth that leave it after one.
-    assert batch.num_tokens == batch.num_real_tokens == 5 + 7 + 2 + 4
+    assert batch.num_tokens == 5 + 7 + 2 + 4
     assert len(batch.positions) == 1 + 7 + 2 + 4
     assert len(batch.label) == 8 + 6 + 8 + 6
 
@@ -116,21 +124,21 @@ def test_a_target_does_not_see_another(llama: PreTrainedModel) -> None:
         (EncodedExample(first.examples[0].source, (other.examples[0].targets[0], first.examples[0].targets[1])),), 0, 0
     )
     units = [Unit(0, (0, 1))]
-    (before, kept), (after, still) = (pair_losses(llama, packed_batch(d, units, llama)) for d in (first, mixed))
+    (before, kept), (after, still) = (losses_of(llama, packed_batch(d, units, llama)) for d in (first, mixed))
     assert before != after
     assert kept == still
 
 
 def test_a_row_does_not_see_its_neighbours(llama: PreTrainedModel) -> None:
     units = all_units(DATA, targets_per_row=4)
-    together = pair_losses(llama, packed_batch(DATA, units, llama))
-    alone = torch.cat([pair_losses(llama, packed_batch(DATA, [unit], llama)) for unit in units])
+    together = losses_of(llama, packed_batch(DATA, units, llama))
+    alone = torch.cat([losses_of(llama, packed_batch(DATA, [unit], llama)) for unit in units])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_models_own_loss_is_the_same(llama: PreTrainedModel) -> None:
     """transformers' loss of one pair, with the source's labels ignored."""
-    losses = pair_losses(llama, packed_batch(DATA, [Unit(0, (0, 1, 2))], llama))
+    losses = losses_of(llama, packed_batch(DATA, [Unit(0, (0, 1, 2))], llama))
     example = DATA.examples[0]
     for target, loss in zip(example.targets, losses, strict=True):
         ids = torch.tensor([[*example.source, *target]])
@@ -143,13 +151,14 @@ def test_the_last_source_token_predicts_every_targets_first(llama: PreTrainedMod
     """Several labels at one position, whose logits are computed once."""
     batch = packed_batch(DATA, [Unit(0, (0, 1, 2)), Unit(2, (1,))], llama)
     sources, targets = DATA.examples[0], DATA.examples[2]
-    last, row_length = len(sources.source) - 1, batch.inputs["input_ids"].shape[1]
+    last, row_length = len(sources.source) - 1, 7 + 4 + 0 + 8
     first_labels = [t[0] for t in sources.targets]
     at_last = batch.positions[batch.row] == last
     assert batch.label[at_last].tolist() == first_labels
     assert batch.pair[at_last].tolist() == [0, 1, 2]
     assert len(batch.positions) == len(batch.positions.unique()) == len(batch.label) - 2
-    assert label_logits(llama, batch).shape == (len(batch.positions), VOCABULARY)
+    with routed(llama):
+        assert label_logits(llama, batch).shape == (len(batch.positions), VOCABULARY)
     assert batch.positions[-1] == row_length + len(targets.source) - 1 + len(targets.targets[1]) - 1
 
 
@@ -157,8 +166,7 @@ def test_a_packed_row_feeds_less(llama: PreTrainedModel) -> None:
     """A source is fed once, and no target's last token at all."""
     units = [Unit(0, (0, 1, 2))]
     assert packed_batch(DATA, units, llama).num_tokens == 7 + 4 + 0 + 8
-    padded = padded_batch(DATA, units, llama)
-    assert (padded.num_tokens, padded.num_real_tokens) == (3 * (7 + 8), 3 * 7 + 4 + 0 + 8)
+    assert padded_batch(DATA, units, llama).num_tokens == 3 * (7 + 8)
 
 
 def test_layers_that_no_mask_describes_are_refused(llama: PreTrainedModel) -> None:
@@ -171,5 +179,5 @@ def test_layers_that_no_mask_describes_are_refused(llama: PreTrainedModel) -> No
 def test_half_precision(name: str) -> None:
     model = tiny_model(name, torch.bfloat16)
     units = all_units(DATA, targets_per_row=4)
-    packed, padded = (pair_losses(model, make(DATA, units, model)) for make in (packed_batch, padded_batch))
+    packed, padded = (losses_of(model, make(DATA, units, model)) for make in (packed_batch, padded_batch))
     torch.testing.assert_close(packed, padded, rtol=2e-2, atol=2e-2)

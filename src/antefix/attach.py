@@ -15,7 +15,7 @@ Axes: N attached prefixes, B rows, P slots, G key/value heads, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from antefix.attention.forest import Forest, forest_of, is_forest
 from antefix.attention.hook import HookedModel, put_slots
 from antefix.attention.partial import KeySet, Mask
 from antefix.errors import BaseModelError, PrefixError
@@ -244,9 +245,12 @@ class Attachment:
         if ids is None:
             ids = kwargs["inputs_embeds"]
         num_rows, length = ids.shape[:2]
-        index = self.rows_of(num_rows)
         shifts = torch.tensor([*self._shifts, 0], device=ids.device)  # the last one serves index -1
-        shift = shifts[index].expand(num_rows)[:, None]
+        forest = _forest_in(kwargs)
+        if forest is None:
+            shift = shifts[self.rows_of(num_rows)].expand(num_rows)[:, None]
+        else:
+            shift = shifts[self.rows_of(forest.num_trees)].expand(forest.num_trees)[forest.tree_of_token]
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = _counted_positions(kwargs, length, ids.device)
@@ -271,12 +275,12 @@ class SiteStack:
         """Slots or rows changed: gather anew."""
         self._kept = None
 
-    def key_sets(self, query_BHTD: Tensor) -> list[KeySet]:
-        """The slots for the rows of a query: one key set of B (or 1, where all rows share it) rows."""
-        num_rows, dtype = query_BHTD.shape[0], query_BHTD.dtype
+    def key_sets(self, num_rows: int, like: Tensor) -> list[KeySet]:
+        """The slots for so many rows: one key set of B (or 1, where all rows share it) rows."""
+        dtype = like.dtype
         if self._kept is not None and self._kept[:2] == (num_rows, dtype):
             return self._kept[2]
-        sets = self._gather(num_rows, dtype, query_BHTD.device)
+        sets = self._gather(num_rows, dtype, like.device)
         if not self._attachment.trainable:
             self._kept = (num_rows, dtype, sets)
         return sets
@@ -328,6 +332,13 @@ def _padded(slots_GPD: Tensor | None, like_GPD: Tensor, longest: int) -> Tensor:
     if slots_GPD is None:
         return like_GPD.new_zeros(like_GPD.shape[0], longest, like_GPD.shape[2])
     return nn.functional.pad(slots_GPD, (0, 0, 0, longest - slots_GPD.shape[1]))
+
+
+def _forest_in(kwargs: dict[str, Any]) -> Forest | None:
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Mapping):  # one for each kind of layer, all of the same trees
+        mask = next(iter(mask.values()))
+    return forest_of(mask) if isinstance(mask, Tensor) and is_forest(mask) else None
 
 
 def _counted_positions(kwargs: dict[str, Any], length: int, device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from antefix.attention.forest import forest_of, is_forest
 from antefix.attention.partial import KeySet, Mask, Scores, attend
 from antefix.errors import BaseModelError
 
@@ -35,8 +36,8 @@ _FOREIGN_TERMS = ("sinks", "indices", "block_indices")
 class SiteSlots(Protocol):
     """What an attachment puts at an attention module."""
 
-    def key_sets(self, query_BHTD: Tensor) -> list[KeySet]:
-        """The slots that the rows of the query see; empty when no row carries a prefix."""
+    def key_sets(self, num_rows: int, like: Tensor) -> list[KeySet]:
+        """The slots that the rows see, in the precision of `like`; empty when no row carries a prefix."""
         ...
 
 
@@ -97,17 +98,26 @@ class HookedModel:
 
 
 @contextmanager
+def routed(model: nn.Module) -> Iterator[None]:
+    """Attention goes through ours for the length of a block: what a forest needs where no prefix is attached."""
+    hooked = HookedModel(model)
+    before = hooked.route()
+    try:
+        yield
+    finally:
+        hooked.restore(before)
+
+
+@contextmanager
 def recording(model: nn.Module) -> Iterator[list[RecordedCall]]:
     """Collects every attention call made inside, in call order. Slots that are attached stay at work."""
     calls: list[RecordedCall] = []
-    hooked = HookedModel(model)
-    before = hooked.route()
     token = _recording.set(calls)
     try:
-        yield calls
+        with routed(model):
+            yield calls
     finally:
         _recording.reset(token)
-        hooked.restore(before)
 
 
 def _attention(base_name: str) -> Callable[..., Any]:
@@ -123,7 +133,13 @@ def _attention(base_name: str) -> Callable[..., Any]:
         if calls is not None:
             calls.append(RecordedCall(module, query, key, value))
         slots: SiteSlots | None = module.__dict__.get(_SITE_ATTRIBUTE)
-        sets = [] if slots is None else slots.key_sets(query)
+        if attention_mask is not None and is_forest(attention_mask):
+            forest = forest_of(attention_mask)
+            tokens = KeySet(key, value)
+            sets = [] if slots is None else slots.key_sets(forest.num_trees, query)
+            out = forest.attend(query, tokens, sets, _scores(module, query, tokens, kwargs))
+            return out.transpose(1, 2).contiguous(), None
+        sets = [] if slots is None else slots.key_sets(query.shape[0], query)
         if not sets:
             base = _base_function(base_name, module)
             return base(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]

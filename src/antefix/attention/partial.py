@@ -108,7 +108,7 @@ class Scores:
 def attend(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
     """Attention of every query over its tokens and over all slots: B, H, T, E."""
     slots = [s for s in slots if s.key_BGSD.shape[2] > 0]
-    if scores.plain and _fused_kernel_fits(query_BHTD, tokens.value_BGSE):
+    if scores.plain and fused_kernel_fits(query_BHTD, tokens.value_BGSE):
         return fused(query_BHTD, [tokens, *slots], scores.scale)
     if scores.masked_only:
         return concatenated(query_BHTD, tokens, slots, scores)
@@ -222,7 +222,8 @@ def _additive(query: Tensor, keys: KeySet) -> Tensor | None:
 # --- the fused form -----------------------------------------------------------------------------------------
 
 
-def _fused_kernel_fits(query: Tensor, value: Tensor) -> bool:
+def fused_kernel_fits(query: Tensor, value: Tensor) -> bool:
+    """Whether there is a flash kernel that gives the normaliser too."""
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.bfloat16)

@@ -28,10 +28,10 @@ from antefix.benchmarks.workload import (
     parameters_in_products,
     peak_mib,
 )
-from antefix.data.batch import Batch, packed_batch
 from antefix.data.plan import Unit, microbatches, steps
 from antefix.errors import BenchmarkError
 from antefix.methods import method_class
+from antefix.training.batch import Batch, packed_batch
 from antefix.training.loop import StepReport, train_loop
 from antefix.training.objectives import pair_losses
 from antefix.training.recipe import TrainingRecipe
@@ -87,7 +87,7 @@ class OurTraining:
         """
         layers, head = parameters_in_products(self._base.model)
         batches = list(_batches(self, seed, num_steps))
-        tokens, rows = sum(b.num_real_tokens for b in batches), sum(len(b.positions) for b in batches)
+        tokens, rows = sum(b.num_tokens for b in batches), sum(len(b.positions) for b in batches)
         return 4.0 * (layers * tokens + head * rows)
 
     def matrix_peak(self) -> float:

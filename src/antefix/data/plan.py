@@ -68,18 +68,37 @@ def all_units(encoded: Encoded, targets_per_row: int) -> list[Unit]:
 
 
 def microbatches(encoded: Encoded, units: Sequence[Unit], token_budget: int, *, packed: bool) -> list[list[Unit]]:
-    """Units sorted by length and cut into batches of at most `token_budget` tokens, padding included.
+    """Units in batches of at most `token_budget` tokens, padding included.
 
     A row that is longer than the budget gives some of its targets to a row of their own; a single pair that is
-    longer is a batch by itself.
+    longer is a batch by itself. Where rows are padded, those of like lengths stand together; where they are laid end to
+    end, batches are as few as they can be and hold about the same number of tokens.
     """
     rows = [part for unit in units for part in _fitting(encoded, unit, token_budget if packed else 0)]
+    if packed and not encoded.for_encoder:
+        return _evenly(encoded, rows, token_budget)
     batches: list[list[Unit]] = []
     for unit in sorted(rows, key=lambda row: _row_tokens(encoded, row)):
         if batches and _batch_tokens(encoded, [*batches[-1], unit]) <= token_budget:
             batches[-1].append(unit)
         else:
             batches.append([unit])
+    return batches
+
+
+def _evenly(encoded: Encoded, rows: Sequence[Unit], token_budget: int) -> list[list[Unit]]:
+    """The longest row first, always into the batch that is emptiest."""
+    longest_first = sorted(rows, key=lambda row: _row_tokens(encoded, row), reverse=True)
+    total = sum(_row_tokens(encoded, row) for row in rows)
+    for count in range(min(-(-total // token_budget), len(rows)), len(rows) + 1):
+        batches: list[list[Unit]] = [[] for _ in range(count)]
+        fed = [0] * count
+        for row in longest_first:
+            emptiest = min(range(count), key=fed.__getitem__)
+            batches[emptiest].append(row)
+            fed[emptiest] += _row_tokens(encoded, row)
+        if all(tokens <= token_budget or len(batch) == 1 for tokens, batch in zip(fed, batches, strict=True)):
+            break
     return batches
 
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from antefix.attach import attached
-from antefix.data.batch import Batch, encoder_decoder_batch, packed_batch, padded_batch
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, all_units, microbatches, steps
 from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
+from antefix.training.batch import Batch, encoder_decoder_batch, packed_batch, padded_batch
 from antefix.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
 from antefix.training.objectives import StepSize, pair_losses, reduce_losses
 from antefix.training.recipe import TrainingRecipe

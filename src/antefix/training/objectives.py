@@ -1,22 +1,19 @@
 """Losses: from a batch to one number a pair, from these to one number a step.
 
-Only target tokens carry loss (Li & Liang 2021, equation 2). Logits are computed at label positions only, and
-the cross-entropy needs no second copy of them.
+Only target tokens carry loss (Li & Liang 2021, equation 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
-from antefix.data.batch import Batch
+from antefix.training.batch import Batch
+from antefix.training.head import label_losses
 
 LossReduction = Literal["token_mean", "example_sum", "example_sum_over_row", "example_sum_over_longest"]
 
@@ -26,40 +23,8 @@ def pair_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0
 
     label_smoothing e: (1 - e) times the label's share plus e times the mean over the vocabulary.
     """
-    logits_UV = label_logits(model, batch).float()
-    log_normaliser_U = torch.logsumexp(logits_UV, dim=-1)
-    losses_N = log_normaliser_U[batch.row] - logits_UV[batch.row, batch.label]
-    if label_smoothing > 0:
-        uniform_U = log_normaliser_U - logits_UV.mean(dim=-1)
-        losses_N = torch.lerp(losses_N, uniform_U[batch.row], label_smoothing)
+    losses_N = label_losses(model, batch, label_smoothing)
     return torch.zeros(batch.num_pairs, device=losses_N.device).index_add(0, batch.pair, losses_N)
-
-
-def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits (U, V) at the batch's positions, and nowhere else."""
-    inputs = dict(batch.inputs)
-    if batch.encoder is not None:
-        states = model.get_encoder()(**batch.encoder)[0]
-        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states[batch.source_of_row])
-        inputs["attention_mask"] = batch.encoder["attention_mask"][batch.source_of_row]
-    with _head_at(model, batch.positions):
-        logits: Tensor = model(**inputs).logits
-    return logits.reshape(len(batch.positions), -1)
-
-
-@contextmanager
-def _head_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
-    """The output head gets the hidden states of these positions only; scale, bias and cap go on as ever."""
-
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        return (args[0].reshape(-1, args[0].shape[-1])[positions],)
-
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True, slots=True)

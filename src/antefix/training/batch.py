@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from antefix.attention.forest import forest_mask
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit
 
@@ -44,35 +45,33 @@ class Batch:
     num_pairs: int
     num_tokens: int
     """Tokens fed, padding included."""
-    num_real_tokens: int
-    """Tokens fed, without padding."""
     encoder: dict[str, Tensor] | None = None
     source_of_row: Tensor | None = None
 
 
 def packed_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
-    """Packed rows for a decoder-only model, with the mask in the form the model takes."""
+    """All rows laid end to end without padding, their attention a forest (see `antefix.attention.forest`).
+
+    For a decoder-only model whose attention goes through ours.
+    """
     rows = [_Row.of(encoded, unit) for unit in units]
-    ids, _ = _right_padded([r.ids for r in rows], _pad_id(model))
-    positions, _ = _right_padded([r.positions for r in rows], 0)
-    visible = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: none is blind
-    for b, row in enumerate(rows):
-        visible[b, : len(row.ids), : len(row.ids)] = _self_and_ancestors(row.parents)
-    distance = positions[:, :, None] - positions[:, None, :]
+    starts = list(accumulate((len(row.ids) for row in rows), initial=0))
+    parents = [p + start if p >= 0 else p for row, start in zip(rows, starts[:-1], strict=True) for p in row.parents]
     inputs = {
-        "input_ids": ids,
-        "position_ids": positions,
-        "attention_mask": _model_masks(model, visible[:, None], distance[:, None]),
+        "input_ids": torch.tensor([[token for row in rows for token in row.ids]]),
+        "position_ids": torch.tensor([[position for row in rows for position in row.positions]]),
+        "attention_mask": _forest_masks(model, parents),
         "use_cache": False,
     }
-    return _with_labels(inputs, rows)
+    return _with_labels(inputs, rows, starts)
 
 
 def padded_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
     """One row a pair, padded on the right, with an ordinary mask: what every model takes."""
     rows = [_Row.of(encoded, Unit(u.example, (t,))) for u in units for t in u.targets]
     ids, mask = _right_padded([r.ids for r in rows], _pad_id(model))
-    return _with_labels({"input_ids": ids, "attention_mask": mask, "use_cache": False}, rows)
+    starts = range(0, ids.numel(), ids.shape[1])
+    return _with_labels({"input_ids": ids, "attention_mask": mask, "use_cache": False}, rows, starts)
 
 
 def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
@@ -93,7 +92,6 @@ def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTra
         pair=torch.tensor([b for b, t in enumerate(targets) for _ in t]),
         num_pairs=len(targets),
         num_tokens=encoder_ids.numel() + decoder_ids.numel(),
-        num_real_tokens=int(encoder_mask.sum() + decoder_mask.sum()),
         encoder={"input_ids": encoder_ids, "attention_mask": encoder_mask},
         source_of_row=source_of_row,
     )
@@ -132,21 +130,10 @@ class _Row:
         return row
 
 
-def _self_and_ancestors(parents: Sequence[int]) -> Tensor:
-    """Which tokens of a row a token sees: (T, T), itself and all that stands before it in its own text."""
-    seen = np.eye(len(parents), dtype=bool)
-    for place, parent in enumerate(parents[1:], start=1):
-        seen[place] |= seen[parent]
-    return torch.from_numpy(seen)
-
-
-def _with_labels(inputs: dict[str, Any], rows: Sequence[_Row]) -> Batch:
-    row_length = inputs["input_ids"].shape[1]
-    flat = [
-        (b * row_length + position, label, pair)
-        for pair, (b, labels) in enumerate((b, labels) for b, row in enumerate(rows) for labels in row.labels)
-        for position, label in labels
-    ]
+def _with_labels(inputs: dict[str, Any], rows: Sequence[_Row], starts: Sequence[int]) -> Batch:
+    """starts: where each row begins among all places of the batch."""
+    pairs = [(start, labels) for start, row in zip(starts, rows, strict=False) for labels in row.labels]
+    flat = [(start + place, label, n) for n, (start, labels) in enumerate(pairs) for place, label in labels]
     where = torch.tensor([position for position, _, _ in flat])
     # A token with several continuations is scored against each: its logits are computed once.
     positions, row = torch.unique(where, return_inverse=True)
@@ -158,15 +145,14 @@ def _with_labels(inputs: dict[str, Any], rows: Sequence[_Row]) -> Batch:
         pair=torch.tensor([pair for _, _, pair in flat]),
         num_pairs=sum(len(row.labels) for row in rows),
         num_tokens=inputs["input_ids"].numel(),
-        num_real_tokens=sum(len(row.ids) for row in rows),
     )
 
 
-def _model_masks(model: PreTrainedModel, visible: Tensor, distance: Tensor) -> Tensor | Mapping[str, Tensor]:
-    """The mask in the model's own form: one for each kind of layer where it has several.
+def _forest_masks(model: PreTrainedModel, parents: Sequence[int]) -> Tensor | Mapping[str, Tensor]:
+    """The forest in the model's own form of a mask: one for each kind of layer where it has several.
 
     Windows count positions, not places in the row: a target stands right behind its source. Raises ValueError for
-    a kind of layer that no such mask describes (chunked or linear attention).
+    a kind of layer that no forest describes (chunked or linear attention).
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -175,19 +161,11 @@ def _model_masks(model: PreTrainedModel, visible: Tensor, distance: Tensor) -> T
         raise ValueError(f"layers of the kinds {', '.join(sorted(kinds))} take no packed rows")
     if kinds == {"full_attention"}:
         window = None
-    windowed = visible if window is None else visible & (distance < window)
+    windowed = forest_mask(parents, window)
     if len(kinds) > 1:
-        forms = {"full_attention": visible, "sliding_attention": windowed}
-        return {kind: _additive(model, forms[kind]) for kind in sorted(kinds)}
-    return _additive(model, windowed)
-
-
-def _additive(model: PreTrainedModel, visible: Tensor) -> Tensor:
-    """Boolean for SDPA; the eager functions add their mask to the scores."""
-    if "eager" not in str(model.config._attn_implementation):
-        return visible
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, lowest)
+        forms = {"full_attention": forest_mask(parents, None), "sliding_attention": windowed}
+        return {kind: forms[kind] for kind in sorted(kinds)}
+    return windowed
 
 
 def _right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,337 @@
+"""Attention over a forest: many texts laid end to end in one row, what they begin with in common laid down once.
+
+Every token names the token that stands before it in its own text, its *parent*; it sees itself and its ancestors. A
+tree is a source with its targets, a forest all trees of a batch. No token is padding, so that whatever a model does a
+token costs what the tokens cost. Only attention needs rows, and takes them apart here: a *run* is a stretch of tokens
+that follow each other; its queries look at one row of keys, the run's ancestors and the run itself. Runs of like
+lengths are computed together.
+
+The forest travels through the model in the place of a mask, as whole numbers of shape (1, 1, 2, T): the parents (-1
+where a tree begins), and the window (how many tokens back a token sees, itself counted).
+
+Two forms, equal in value and gradient: `_attend_runs` goes through `attend`, `_FusedRuns` keeps less and copies less.
+
+Axes: T tokens of the forest, N trees, R runs of a group, Q queries of a run, S keys of a run, P slots, H query heads,
+G key/value heads, D key width, E value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from antefix.attention.partial import KeySet, Mask, Scores, attend, fused_kernel_fits
+
+NO_WINDOW = 2**31
+_ROOT = -1
+
+
+def forest_mask(parents: Sequence[int], window: int | None) -> Tensor:
+    """What a model is given as `attention_mask` for these tokens: parents come before their children."""
+    return torch.tensor([parents, [window or NO_WINDOW] * len(parents)])[None, None]
+
+
+def is_forest(mask: Tensor | None) -> bool:
+    """Whether this `attention_mask` is a forest."""
+    return mask is not None and mask.ndim == 4 and mask.dtype == torch.long
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def forest_of(mask: Tensor) -> Forest:
+    """The forest that a mask describes; made once, for all layers of a forward pass and its backward."""
+    forest: Forest | None = _known.get(mask)  # type: ignore[no-untyped-call]
+    if forest is None:
+        forest = _known[mask] = Forest.of(mask)
+    return forest
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Runs in groups of like lengths."""
+
+    groups: list[Runs]
+    tree_of_token: Tensor
+    """(T,)"""
+    place_of_token: Tensor
+    """(T,) where a token's query stands when all groups' queries (R times Q) are laid end to end."""
+    num_trees: int
+    _gatherings: dict[tuple[int, bool, int, int], _Gathering] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Forest:
+        """From `forest_mask`."""
+        parents, window = mask[0, 0, 0].tolist(), int(mask[0, 0, 1, 0])
+        trees: list[int] = []
+        for parent in parents:
+            trees.append((trees[-1] + 1 if trees else 0) if parent == _ROOT else trees[parent])
+        groups: dict[tuple[int, int], list[tuple[list[int], int]]] = {}
+        for keys, num_queries in _runs(parents):
+            groups.setdefault((_rung(len(keys)), _rung(num_queries)), []).append((keys, num_queries))
+        made = [Runs.of(members, trees, window, mask.device) for _, members in sorted(groups.items())]
+        place, start = torch.empty(len(parents), dtype=torch.long, device=mask.device), 0
+        for group in made:
+            flat = group.queries.flatten()
+            real = group.is_query.flatten()
+            place[flat[real]] = start + real.nonzero().squeeze(1)
+            start += len(flat)
+        return cls(made, torch.tensor(trees, device=mask.device), place, trees[-1] + 1)
+
+    def attend(self, query_1HTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
+        """Attention of every token over what it sees and over its tree's slots: 1, H, T, E.
+
+        slots: key sets of N rows, or of one that all trees share.
+        """
+        query_THD, key_TGD, value_TGE = (x[0].transpose(0, 1) for x in (query_1HTD, tokens.key_BGSD, tokens.value_BGSE))
+        slots = [s for s in slots if s.key_BGSD.shape[2] > 0]
+        if scores.plain and fused_kernel_fits(query_1HTD, tokens.value_BGSE):
+            out_THE = self._fused(query_THD, key_TGD, value_TGE, slots, scores.scale)
+        else:
+            out_THE = self._attend_runs(query_THD, key_TGD, value_TGE, slots, scores)
+        return out_THE.transpose(0, 1)[None]
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, slots: Sequence[KeySet], scale: float) -> Tensor:
+        num_rows = max((s.key_BGSD.shape[0] for s in slots), default=1)
+        num_slots = sum(s.key_BGSD.shape[2] for s in slots)
+        G = key.shape[1]
+        made_for = (num_slots, num_rows > 1, G, query.shape[1] // G)
+        gathering = self._gatherings.get(made_for)
+        if gathering is None:
+            gathering = self._gatherings[made_for] = _Gathering.of(self, *made_for)
+        side_by_side = [
+            torch.cat([x.expand(num_rows, -1, -1, -1) for x in parts], dim=2).transpose(1, 2).float()
+            for parts in ([s.key_BGSD for s in slots], [s.value_BGSE for s in slots]) if parts
+        ]  # fmt: skip
+        masks = gathering.masks
+        if any(s.mask is not None for s in slots):
+            additive = torch.cat([_slot_mask(s, num_rows) for s in slots], dim=1)
+            masks = [_with_slot_mask(m, additive[r.trees if num_rows > 1 else torch.zeros_like(r.trees)])
+                     for m, r in zip(masks, self.groups, strict=True)]  # fmt: skip
+        out: Tensor = _FusedRuns.apply(gathering, scale, masks, query, key, value, *side_by_side)  # type: ignore[no-untyped-call]
+        return out
+
+    def _attend_runs(
+        self, query: Tensor, key: Tensor, value: Tensor, slots: Sequence[KeySet], scores: Scores
+    ) -> Tensor:
+        outs = []
+        for group in self.groups:
+            rows = [x[i].transpose(1, 2) for x, i in ((query, group.queries), (key, group.keys), (value, group.keys))]
+            mask = Mask(group.additive.to(query.dtype), None)
+            out = attend(rows[0], KeySet(rows[1], rows[2], mask), [_of_trees(s, group.trees) for s in slots], scores)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs)[self.place_of_token]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of like lengths, padded to the longest."""
+
+    queries: Tensor
+    """(R, Q) tokens; padding names token 0."""
+    is_query: Tensor
+    """(R, Q) False for padding."""
+    keys: Tensor
+    """(R, S) tokens; padding names token 0."""
+    trees: Tensor
+    """(R,)"""
+    additive: Tensor
+    """(R, 1, Q, S) 0 where a query sees a key, else -inf; float32."""
+
+    @classmethod
+    def of(cls, members: list[tuple[list[int], int]], trees: list[int], window: int, device: torch.device) -> Runs:
+        """From every run's keys, of which the last so many are its queries too."""
+        Q, S = max(q for _, q in members), max(len(keys) for keys, _ in members)
+        num_keys = torch.tensor([len(keys) for keys, _ in members])[:, None]
+        num_queries = torch.tensor([q for _, q in members])[:, None]
+        place_RQ = num_keys - num_queries + torch.arange(Q)  # of a query in its row of keys
+        distance_RQS = place_RQ[:, :, None] - torch.arange(S)
+        # A query that is padding sees what is left of the keys: never nothing, which kernels do not agree on.
+        visible = (distance_RQS >= 0) & ((distance_RQS < window) | (torch.arange(Q) >= num_queries)[:, :, None])
+        additive = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+        return cls(
+            queries=torch.tensor([keys[-q:] + [0] * (Q - q) for keys, q in members], device=device),
+            is_query=(torch.arange(Q) < num_queries).to(device),
+            keys=torch.tensor([keys + [0] * (S - len(keys)) for keys, _ in members], device=device),
+            trees=torch.tensor([trees[keys[-1]] for keys, _ in members], device=device),
+            additive=additive[:, None].to(device),
+        )
+
+
+def _runs(parents: Sequence[int]) -> list[tuple[list[int], int]]:
+    """Every run as the tokens that it sees, itself last, and its own length."""
+    runs: list[tuple[list[int], int]] = []
+    chains: list[list[int]] = []  # of every token: its ancestors and itself, shared along a run
+    depths: list[int] = []
+    for token, parent in enumerate(parents):
+        if parent == token - 1 and parent != _ROOT:
+            chain = chains[parent]
+            runs[-1] = (chain, runs[-1][1] + 1)
+        else:
+            chain = [] if parent == _ROOT else chains[parent][: depths[parent]]
+            runs.append((chain, 1))
+        chain.append(token)
+        chains.append(chain)
+        depths.append(len(chain))
+    return runs
+
+
+def _rung(length: int) -> int:
+    """Lengths that are computed together: up to the next multiple of 16, of an eighth for longer ones."""
+    width = max(16, 1 << max((length - 1).bit_length() - 3, 0))
+    return -(-length // width) * width
+
+
+def _of_trees(slots: KeySet, trees: Tensor) -> KeySet:
+    """The slots of every run's tree."""
+    if slots.key_BGSD.shape[0] == 1:
+        return slots
+    mask = None if slots.mask is None else Mask(slots.mask.additive[trees], _taken(slots.mask.blind, trees))
+    return KeySet(slots.key_BGSD[trees], slots.value_BGSE[trees], mask)
+
+
+def _taken(blind: Tensor | None, trees: Tensor) -> Tensor | None:
+    return None if blind is None else blind[trees]
+
+
+def _slot_mask(slots: KeySet, num_rows: int) -> Tensor:
+    """Which of its slots a tree has, additive: (num_rows, P)."""
+    if slots.mask is None:
+        return slots.key_BGSD.new_zeros(num_rows, slots.key_BGSD.shape[2], dtype=torch.float32)
+    return slots.mask.additive[:, 0, 0].float().expand(num_rows, -1)
+
+
+def _with_slot_mask(mask: Tensor, slots_RP: Tensor) -> Tensor:
+    mask = mask.clone()
+    mask[..., : slots_RP.shape[1]] = slots_RP[:, None, None]
+    return mask
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathering:
+    """Where every row of a fused computation comes from and goes to, for so many slots and heads.
+
+    What is gathered for all groups lies end to end; `shapes` cuts it. Slots stand before the tokens, as if they were
+    tokens: first those of tree 0, then of tree 1, or one lot for all.
+    """
+
+    queries: Tensor
+    """Of all (R, G, Q, heads of a group): the place in (T + 1, H); the last place, T, is padding's."""
+    tokens: Tensor
+    """The other way: of all (T, H) the place among the queries."""
+    keys: Tensor
+    """Of all (R, P + S): the place in (slots, T)."""
+    shapes: list[tuple[int, int, int]]
+    """Of every group: R, Q times heads of a group, P + S."""
+    masks: list[Tensor]
+    """Of every group: (R, 1, Q * heads, P + S), additive."""
+
+    @classmethod
+    def of(cls, forest: Forest, num_slots: int, trees_differ: bool, G: int, heads: int) -> _Gathering:
+        device, T = forest.tree_of_token.device, len(forest.tree_of_token)
+        head_Gh = torch.arange(G * heads, device=device).view(G, heads)
+        slot_P = torch.arange(num_slots, device=device)
+        num_first = num_slots * (forest.num_trees if trees_differ else 1)
+        queries, keys, shapes, masks = [], [], [], []
+        for runs in forest.groups:
+            (R, Q), S = runs.queries.shape, runs.keys.shape[1]
+            token_RQ = runs.queries.masked_fill(~runs.is_query, T)
+            queries.append((token_RQ[:, None, :, None] * (G * heads) + head_Gh[:, None]).flatten())
+            first_R = runs.trees * num_slots if trees_differ else torch.zeros_like(runs.trees)
+            keys.append(torch.cat([first_R[:, None] + slot_P, runs.keys + num_first], dim=1).flatten())
+            shapes.append((R, Q * heads, num_slots + S))
+            masks.append(pad(runs.additive, (num_slots, 0)).repeat_interleave(heads, dim=2))
+        query = torch.cat(queries)
+        real = query < T * G * heads
+        tokens = torch.empty(T * G * heads, dtype=torch.long, device=device)
+        tokens[query[real]] = real.nonzero().squeeze(1)
+        return cls(query, tokens, torch.cat(keys), shapes, masks)
+
+    def query_rows(self, x_THD: Tensor) -> list[Tensor]:
+        """(R, G, Q * heads, D) of every group; 0 where a query is padding."""
+        padded = pad(x_THD.float(), (0, 0, 0, 0, 0, 1))
+        rows = padded.flatten(0, 1).index_select(0, self.queries)
+        G = len(rows) // sum(R * q for R, q, _ in self.shapes)
+        parts = torch.split(rows, [R * G * q for R, q, _ in self.shapes])
+        return [part.view(R, G, q, -1) for part, (R, q, _) in zip(parts, self.shapes, strict=True)]
+
+    def key_rows(self, x_TGD: Tensor, slots: Sequence[Tensor]) -> list[Tensor]:
+        """(R, G, P + S, D) of every group."""
+        rows = torch.cat([*(s.flatten(0, 1) for s in slots), x_TGD.float()]).flatten(1).index_select(0, self.keys)
+        parts = torch.split(rows, [R * s for R, _, s in self.shapes])
+        shape = x_TGD.shape[1:]
+        return [p.view(R, s, *shape).transpose(1, 2) for p, (R, _, s) in zip(parts, self.shapes, strict=True)]
+
+    def of_tokens(self, rows: Sequence[Tensor], like_THD: Tensor) -> Tensor:
+        """(T, H, D) from the query rows of every group."""
+        T, H, _ = like_THD.shape
+        D = rows[0].shape[-1]
+        return torch.cat([r.reshape(-1, D) for r in rows]).index_select(0, self.tokens).view(T, H, D).to(like_THD.dtype)
+
+    def summed(self, rows: Sequence[Tensor], num_rows: int) -> Tensor:
+        """Of the key rows of every group: the sum for every slot and token, (num_rows, G, D)."""
+        taken = torch.cat([r.transpose(1, 2).flatten(0, 1).flatten(1) for r in rows])
+        total = taken.new_zeros(num_rows, taken.shape[1])
+        return total.index_add_(0, self.keys, taken).view(num_rows, *rows[0].shape[1::2])
+
+
+class _FusedRuns(torch.autograd.Function):
+    """The flash kernel on every group, in float32; rows are gathered anew in the backward pass, not kept.
+
+    The heads of a group stand side by side as queries, so that no key is repeated for them. bfloat16 goes through
+    float32: on a processor that is the faster kernel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, gathering: _Gathering, scale: float, masks: list[Tensor], query: Tensor, key: Tensor, value: Tensor,
+        *slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """slots: keys (N or 1, P, G, D) and values of all slots."""
+        outs, normalisers = [], []
+        rows = (
+            gathering.query_rows(query),
+            gathering.key_rows(key, slots[0::2]),
+            gathering.key_rows(value, slots[1::2]),
+        )
+        for q, k, v, mask in zip(*rows, masks, strict=True):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, False, attn_mask=mask, scale=scale
+            )
+            outs.append(out)
+            normalisers.append(lse)
+        out_THE = gathering.of_tokens(outs, query)
+        ctx.gathering, ctx.scale, ctx.masks = gathering, scale, masks
+        ctx.save_for_backward(query, key, value, out_THE, *normalisers, *slots)
+        return out_THE
+
+    @staticmethod
+    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
+        gathering: _Gathering = ctx.gathering
+        query, key, value, out_THE, *rest = ctx.saved_tensors
+        normalisers, slots = rest[: len(ctx.masks)], rest[len(ctx.masks) :]
+        grads = []
+        rows = (
+            gathering.query_rows(grad_THE), gathering.query_rows(query), gathering.key_rows(key, slots[0::2]),
+            gathering.key_rows(value, slots[1::2]), gathering.query_rows(out_THE),
+        )  # fmt: skip
+        for grad, q, k, v, out, lse, mask in zip(*rows, normalisers, ctx.masks, strict=True):
+            grads.append(
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scale
+                )
+            )
+        dq, dk, dv = zip(*grads, strict=True)
+        num_first = slots[0].shape[0] * slots[0].shape[1] if slots else 0
+        grad_key, grad_value = (gathering.summed(d, num_first + len(key)) for d in (dk, dv))
+        of_slots = [g[:num_first].view(s.shape) for g, s in zip((grad_key, grad_value), slots, strict=False)]
+        return (
+            None, None, None, gathering.of_tokens(dq, query), grad_key[num_first:].to(key.dtype),
+            grad_value[num_first:].to(value.dtype), *of_slots,
+        )  # fmt: skip

@@ -1,0 +1,154 @@
+"""The output head: losses of labels, with logits at label positions only.
+
+Logits are the largest thing in a training step: a row of them is as wide as the vocabulary. `label_losses` makes them
+for a few rows at a time and keeps none. What the backward pass needs of them is a row as wide as a hidden state, since
+the head is frozen: with p the softmax of a row's logits and W the head's weights, the gradient of the log of the
+normaliser is p W, whatever the row's losses are weighed with later.
+
+`label_logits` is the slow twin, for heads that do more than multiply: caps, scales, adapters, trained weights.
+
+Axes: U scored positions, N labels, V words, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from antefix.training.batch import Batch
+
+_ROWS_AT_ONCE = 256
+_do_more: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose logits are not their head's output, found by looking."""
+
+
+def label_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    """The negative log-likelihood of every label, shape (N,), float32.
+
+    label_smoothing e: (1 - e) times the label's share plus e times the mean over the vocabulary.
+    """
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if _only_multiplies(head) and model not in _do_more:
+        hidden_UH, is_all = _hidden_states(model, head, batch)
+        if is_all:
+            return _FrozenHead.apply(  # type: ignore[no-untyped-call,no-any-return]
+                hidden_UH, head.weight, head.bias, batch.row, batch.label, label_smoothing
+            )
+        _do_more.add(model)
+    return losses_of_logits(label_logits(model, batch).float(), batch.row, batch.label, label_smoothing)
+
+
+def losses_of_logits(logits_UV: Tensor, row_N: Tensor, label_N: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The same from logits that are there."""
+    log_normaliser_U = torch.logsumexp(logits_UV, dim=-1)
+    losses_N = log_normaliser_U[row_N] - logits_UV[row_N, label_N]
+    if label_smoothing > 0:
+        uniform_U = log_normaliser_U - logits_UV.mean(dim=-1)
+        losses_N = torch.lerp(losses_N, uniform_U[row_N], label_smoothing)
+    return losses_N
+
+
+def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits (U, V) at the batch's positions, and nowhere else."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    with _input_of(head, lambda states: states.reshape(-1, states.shape[-1])[batch.positions]):
+        logits: Tensor = _forward(model, batch)
+    return logits.reshape(len(batch.positions), -1)
+
+
+def _only_multiplies(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not head.weight.requires_grad
+
+
+def _hidden_states(model: PreTrainedModel, head: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
+    """What the head gets at the batch's positions (U, H), and whether its output is all there is to logits.
+
+    The head itself gets one row: what the model makes of its output shows that.
+    """
+    kept: list[Tensor] = []
+
+    def first_row(states: Tensor) -> Tensor:
+        kept.append(states.reshape(-1, states.shape[-1])[batch.positions])
+        return kept[0][:1]
+
+    handle = head.register_forward_hook(lambda module, args, output: kept.append(output))
+    try:
+        with _input_of(head, first_row):
+            logits = _forward(model, batch)
+    finally:
+        handle.remove()
+    hidden_UH, output = kept
+    return hidden_UH, torch.equal(logits.reshape(1, -1).float(), output.float())
+
+
+def _forward(model: PreTrainedModel, batch: Batch) -> Tensor:
+    inputs = dict(batch.inputs)
+    if batch.encoder is not None:
+        states = model.get_encoder()(**batch.encoder)[0]
+        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states[batch.source_of_row])
+        inputs["attention_mask"] = batch.encoder["attention_mask"][batch.source_of_row]
+    return model(**inputs).logits  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _input_of(head: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The head gets what is selected of its input; scale, bias and cap go on as ever."""
+    handle = head.register_forward_pre_hook(lambda module, args: (select(args[0]),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Losses of labels through a head that is not trained; logits are gone before the next rows' are made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_UH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, row_N: Tensor, label_N: Tensor,
+        label_smoothing: float,
+    ) -> Tensor:  # fmt: skip
+        order = torch.argsort(row_N)
+        starts = torch.searchsorted(
+            row_N[order], torch.arange(0, len(hidden_UH) + _ROWS_AT_ONCE, _ROWS_AT_ONCE, device=row_N.device)
+        )
+        losses_N = torch.empty(len(row_N), device=hidden_UH.device)
+        gradient_UH = torch.empty_like(hidden_UH, dtype=torch.float32)
+        for n, first in enumerate(range(0, len(hidden_UH), _ROWS_AT_ONCE)):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            logits_UV = nn.functional.linear(hidden_UH[rows], weight_VH, bias_V).float()
+            labels = order[starts[n] : starts[n + 1]]
+            losses_N[labels] = -logits_UV[row_N[labels] - first, label_N[labels]]
+            mean_U = logits_UV.mean(dim=-1) if label_smoothing > 0 else None
+            largest_U1 = logits_UV.amax(dim=-1, keepdim=True)
+            share_UV = logits_UV.sub_(largest_U1).exp_()
+            sum_U1 = share_UV.sum(dim=-1, keepdim=True)
+            log_normaliser_U = (largest_U1 + sum_U1.log()).squeeze(1)
+            losses_N[labels] += log_normaliser_U[row_N[labels] - first]
+            if mean_U is not None:
+                uniform_N = (log_normaliser_U - mean_U)[row_N[labels] - first]
+                losses_N[labels] = torch.lerp(losses_N[labels], uniform_N, label_smoothing)
+            if ctx.needs_input_grad[0]:
+                gradient_UH[rows] = (share_UV.to(weight_VH.dtype) @ weight_VH).float() / sum_U1
+        ctx.label_smoothing = label_smoothing
+        ctx.save_for_backward(gradient_UH, weight_VH, row_N, label_N)
+        ctx.dtype = hidden_UH.dtype
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        of_normaliser_UH, weight_VH, row_N, label_N = ctx.saved_tensors
+        e = ctx.label_smoothing
+        weight_U1 = torch.zeros(len(of_normaliser_UH), 1, device=grad_N.device).index_add(0, row_N, grad_N[:, None])
+        grad_UH = of_normaliser_UH * weight_U1
+        grad_UH.index_add_(0, row_N, (e - 1) * grad_N[:, None] * weight_VH[label_N].float())
+        if e > 0:
+            grad_UH -= e * weight_U1 * weight_VH.float().mean(dim=0)
+        return grad_UH.to(ctx.dtype), None, None, None, None, None
