@@ -21,6 +21,7 @@ from antefix.attention.partial import (
     explicit,
     explicit_partial,
     fused,
+    joined,
     merge,
 )
 
@@ -113,6 +114,22 @@ def agree(path: Path, c: Case, visible: Tensor, scores: Scores, *, is_causal: bo
 PLAIN = Scores(scale=0.4)
 
 
+def agree_without_gradient(c: Case, visible: Tensor, slots: list[KeySet]) -> None:
+    """What decoding takes, one query a row, against the reference."""
+    dtype = c.query.dtype
+    tokens = KeySet(c.key, c.value, None if bool(visible.all()) else Mask.of(visible[:, None], dtype))
+    before = c.query.detach().clone()
+    with torch.no_grad():
+        out = attend(c.query, tokens, slots, PLAIN)
+        again = joined(c.query, tokens, slots, PLAIN.scale)
+    torch.testing.assert_close(out, again, rtol=0, atol=0, msg="attend took another path, or something was kept wrong")
+    torch.testing.assert_close(c.query.detach(), before, rtol=0, atol=0)
+    wanted = reference.attention(c.query, c.key, c.value, visible, c.slots, scale=PLAIN.scale).detach()
+    assert (out.dtype, out.shape) == (dtype, c.query.shape)
+    limit = TOLERANCE[dtype] * max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(out.double(), wanted.double(), rtol=0, atol=limit)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("num_slots", [[0, 0, 0], [1, 1, 1], [5, 5, 5], [5, None, 1]], ids=str)
 @pytest.mark.parametrize("groups", [2, 6])
@@ -136,6 +153,28 @@ def test_a_causal_flag_is_a_causal_mask(path: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_one_query_a_row_as_in_decoding(path: str, mask: str, groups: int, dtype: torch.dtype) -> None:
     agree(PATHS[path], case([5, None, 1], groups=groups, dtype=dtype, queries=1), MASKS[mask][:, -1:], PLAIN)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_slots", [[1, 1, 1], [5, 5, 5], [5, None, 1]], ids=str)
+@pytest.mark.parametrize("groups", [2, 6])
+@pytest.mark.parametrize("mask", MASKS)
+def test_decoding_joins_slots_to_the_tokens(
+    mask: str, groups: int, num_slots: list[int | None], dtype: torch.dtype
+) -> None:
+    c = case(num_slots, groups=groups, dtype=dtype, queries=1)
+    agree_without_gradient(c, MASKS[mask][:, -1:], key_set_of_slots(c))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_sets", [1, 2])
+def test_slots_that_all_rows_share_are_joined_as_one_product(num_sets: int, dtype: torch.dtype) -> None:
+    """Kept in float32, whatever the base's precision; two sets are one lot."""
+    c = case([None, None, None], dtype=dtype, queries=1)
+    key, value = (torch.randn(1, 2, 5, D) for _ in range(2))
+    cuts = [slice(0, 2), slice(2, 5)] if num_sets == 2 else [slice(0, 5)]
+    of_rows = c._replace(slots=[(key[0].to(dtype), value[0].to(dtype))] * B)
+    agree_without_gradient(of_rows, MASKS["causal"][:, -1:], [KeySet(key[:, :, cut], value[:, :, cut]) for cut in cuts])
 
 
 def bias() -> Tensor:

@@ -173,7 +173,10 @@ class Attachment:
         return [slots.get(site) for slots in self._live]
 
     def _made_slots(self) -> list[dict[str, KeyValue]]:
-        return [dict(m.slots()) for m in self._modules]
+        device = self._model.device
+        return [
+            {site: KeyValue(*(t.to(device) for t in slots)) for site, slots in m.slots().items()} for m in self._modules
+        ]
 
     @property
     def longest_shift(self) -> int:
@@ -269,50 +272,45 @@ class SiteStack:
     def __init__(self, attachment: Attachment, site: str) -> None:
         self._attachment = attachment
         self._site = site
-        self._kept: tuple[int, torch.dtype, list[KeySet]] | None = None
+        self._kept: tuple[int, list[KeySet]] | None = None
 
     def forget(self) -> None:
         """Slots or rows changed: gather anew."""
         self._kept = None
 
-    def key_sets(self, num_rows: int, like: Tensor) -> list[KeySet]:
+    def key_sets(self, num_rows: int) -> list[KeySet]:
         """The slots for so many rows: one key set of B (or 1, where all rows share it) rows."""
-        dtype = like.dtype
-        if self._kept is not None and self._kept[:2] == (num_rows, dtype):
-            return self._kept[2]
-        sets = self._gather(num_rows, dtype, like.device)
+        if self._kept is not None and self._kept[0] == num_rows:
+            return self._kept[1]
+        sets = self._gather(num_rows)
         if not self._attachment.trainable:
-            self._kept = (num_rows, dtype, sets)
+            self._kept = (num_rows, sets)
         return sets
 
-    def _gather(self, num_rows: int, dtype: torch.dtype, device: torch.device) -> list[KeySet]:
+    def _gather(self, num_rows: int) -> list[KeySet]:
         index = self._attachment.rows_of(num_rows)
         every = self._attachment.slots_of(self._site)
         if isinstance(index, int):
             slots = None if index == BARE else every[index]
-            if slots is None:
-                return []
-            key, value = (t.to(device, dtype)[None] for t in slots)
-            return [KeySet(key, value)]
-        return _stacked(every, index, dtype, device)
+            return [] if slots is None else [KeySet(slots.key_GPD[None], slots.value_GPE[None])]
+        return _stacked(every, index)
 
 
-def _stacked(every: list[KeyValue | None], index_B: Tensor, dtype: torch.dtype, device: torch.device) -> list[KeySet]:
+def _stacked(every: list[KeyValue | None], index_B: Tensor) -> list[KeySet]:
     """Slots of different lengths side by side, row by row, with a mask over what a row does not have."""
     used_U, place_B = torch.unique(index_B, return_inverse=True)
     slots_U = [None if n == BARE else every[n] for n in used_U.tolist()]
     some = next((s for s in slots_U if s is not None), None)
     if some is None:
         return []
-    counts_U = torch.tensor([0 if s is None else s.key_GPD.shape[1] for s in slots_U], device=device)
+    counts_U = torch.tensor([0 if s is None else s.key_GPD.shape[1] for s in slots_U], device=index_B.device)
     longest = int(counts_U.max())
     key, value = (
-        torch.stack([_padded(None if s is None else s[part], some[part], longest) for s in slots_U])
-        .to(device, dtype)[place_B]
+        torch.stack([_padded(None if s is None else s[part], some[part], longest) for s in slots_U])[place_B]
         for part in (0, 1)
-    )  # fmt: skip
-    visible_B11P = (torch.arange(longest, device=device) < counts_U[place_B][:, None])[:, None, None]
-    return [KeySet(key, value, None if bool(visible_B11P.all()) else Mask.of(visible_B11P, dtype))]
+    )
+    visible_B11P = (torch.arange(longest, device=index_B.device) < counts_U[place_B][:, None])[:, None, None]
+    return [KeySet(key, value, None if bool(visible_B11P.all()) else Mask.of(visible_B11P, key.dtype))]
 
 
 def _check_fits(site: Site, slots: KeyValue | None) -> None:

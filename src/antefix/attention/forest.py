@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from antefix.attention.partial import KeySet, Mask, Scores, attend, fused_kernel_fits
 
 NO_WINDOW = 2**31
 _ROOT = -1
+_ATTRIBUTE = "antefix_forest"
 
 
 def forest_mask(parents: Sequence[int], window: int | None) -> Tensor:
@@ -42,14 +42,11 @@ def is_forest(mask: Tensor | None) -> bool:
     return mask is not None and mask.ndim == 4 and mask.dtype == torch.long
 
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def forest_of(mask: Tensor) -> Forest:
     """The forest that a mask describes; made once, for all layers of a forward pass and its backward."""
-    forest: Forest | None = _known.get(mask)  # type: ignore[no-untyped-call]
+    forest: Forest | None = mask.__dict__.get(_ATTRIBUTE)
     if forest is None:
-        forest = _known[mask] = Forest.of(mask)
+        forest = mask.__dict__[_ATTRIBUTE] = Forest.of(mask)
     return forest
 
 

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,6 +28,7 @@ from antefix.errors import BaseModelError
 SUPPORTED_IMPLEMENTATIONS = ("sdpa", "eager")
 _PREFIX = "antefix_"
 _SITE_ATTRIBUTE = "antefix_slots"
+_PREPARED_ATTRIBUTE = "antefix_prepared"
 _FOREIGN_TERMS = ("sinks", "indices", "block_indices")
 """What a few models hand their attention that changes its scores in ways `Scores` does not know."""
 
@@ -36,8 +36,8 @@ _FOREIGN_TERMS = ("sinks", "indices", "block_indices")
 class SiteSlots(Protocol):
     """What an attachment puts at an attention module."""
 
-    def key_sets(self, num_rows: int, like: Tensor) -> list[KeySet]:
-        """The slots that the rows see, in the precision of `like`; empty when no row carries a prefix."""
+    def key_sets(self, num_rows: int) -> list[KeySet]:
+        """The slots that the rows see, as precise as they are kept; empty when no row carries a prefix."""
         ...
 
 
@@ -136,10 +136,10 @@ def _attention(base_name: str) -> Callable[..., Any]:
         if attention_mask is not None and is_forest(attention_mask):
             forest = forest_of(attention_mask)
             tokens = KeySet(key, value)
-            sets = [] if slots is None else slots.key_sets(forest.num_trees, query)
+            sets = [] if slots is None else slots.key_sets(forest.num_trees)
             out = forest.attend(query, tokens, sets, _scores(module, query, tokens, kwargs))
             return out.transpose(1, 2).contiguous(), None
-        sets = [] if slots is None else slots.key_sets(query.shape[0], query)
+        sets = [] if slots is None else slots.key_sets(query.shape[0])
         if not sets:
             base = _base_function(base_name, module)
             return base(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
@@ -190,18 +190,15 @@ def _tokens(
     return KeySet(key[:, :, :num_queries], value[:, :, :num_queries], is_causal=True)
 
 
-# All layers of one kind get the same mask tensor in a forward pass, so its prepared form is made once, and
-# lives as long as that tensor. The version tells a mask that was written into.
-_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def _prepared_mask(mask: Tensor, num_keys: int, dtype: torch.dtype) -> Mask:
+    """The mask as attention takes it. All layers of one kind get the same tensor in a forward pass, so this is made
+    once and kept at the tensor, as long as that lives. The version tells a mask that was written into."""
     made_for = (None if mask.is_inference() else mask._version, num_keys, dtype)
-    known: tuple[Any, Mask] | None = _prepared.get(mask)  # type: ignore[no-untyped-call]
+    known: tuple[Any, Mask] | None = mask.__dict__.get(_PREPARED_ATTRIBUTE)
     if known is not None and known[0] == made_for:
         return known[1]
     made = Mask.of(mask[..., :num_keys], dtype)
-    _prepared[mask] = (made_for, made)
+    mask.__dict__[_PREPARED_ATTRIBUTE] = (made_for, made)
     return made
 
 

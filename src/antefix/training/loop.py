@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from antefix.attach import attached
+from antefix.attention.hook import routed
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, all_units, microbatches, steps
 from antefix.errors import TrainingError
@@ -214,7 +215,7 @@ def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None) -> Ba
     if packed is False:
         return "padded"
     unit = _probe_unit(data)
-    with torch.no_grad():
+    with torch.no_grad(), routed(model):
         try:
             together, apart = (
                 pair_losses(model, _to(make(data, [unit], model), model.device))
