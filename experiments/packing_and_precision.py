@@ -25,7 +25,7 @@ from antefix.methods import method_class
 from antefix.training.loop import StepReport, train_loop
 from antefix.training.recipe import TrainingRecipe
 
-from units import ROOT, Unit, finish  # isort: skip
+from units import ROOT, Unit, announce, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "packing_and_precision"
 PAIRS_SEEN, SEEDS = 1000, (0, 1, 2)
@@ -43,6 +43,7 @@ def main() -> None:
             name = f"{dtype}_{pairs_per_step}_pairs_a_step_{_row(targets_per_row)}_a_row_seed_{seed}"
             work = partial(run, data, dtype, pairs_per_step, targets_per_row, seed)
             units[name] = Unit(work, 190.0 if dtype == "float32" else 75.0)
+    announce(RESULTS / "units", units)
     found = finish(RESULTS / "units", units)
     (RESULTS / "summary.json").write_text(json.dumps(summary(found), indent=1) + "\n", encoding="utf-8")
     plot(found, RESULTS / "curves.png")

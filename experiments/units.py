@@ -26,13 +26,17 @@ class Unit:
     expected_seconds: float
 
 
+def announce(folder: Path, units: Mapping[str, Unit]) -> None:
+    """Say how long all of it takes, and what of it is left."""
+    missing = _missing(folder, units)
+    in_all, left = (sum(units[n].expected_seconds for n in names) / 3600 for names in (units, missing))
+    print(f"{len(units)} units, about {in_all:.1f} h; {len(missing)} are left, about {left:.1f} h", flush=True)
+
+
 def finish(folder: Path, units: Mapping[str, Unit]) -> dict[str, dict[str, Any]]:
     """Do the units that have no file in `folder` yet; what all of them found, by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in units if not (folder / f"{name}.json").exists()]
-    in_all, left = (sum(units[n].expected_seconds for n in names) for names in (units, missing))
-    print(f"{folder.name}: {len(units)} units of about {in_all / 3600:.1f} h; "
-          f"{len(missing)} are left, about {left / 3600:.1f} h", flush=True)  # fmt: skip
+    missing = _missing(folder, units)
     for number, name in enumerate(missing, start=1):
         started = time.perf_counter()
         found = units[name].work()
@@ -44,6 +48,10 @@ def finish(folder: Path, units: Mapping[str, Unit]) -> dict[str, dict[str, Any]]
         unfinished.replace(path)
         print(f"{number}/{len(missing)} {name}: {seconds:.0f} s", flush=True)
     return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in units}
+
+
+def _missing(folder: Path, units: Mapping[str, Unit]) -> list[str]:
+    return [name for name in units if not (folder / f"{name}.json").exists()]
 
 
 def made_with() -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """`antefix bench generate`: new tokens a second with a prefix, against the bare base and PEFT.
 
-Greedy, a batch of sources padded on the left, the same number of new tokens for every row.
+Greedy, a batch of sources padded on the left, the same number of new tokens for every row. In every arm, the bare base
+included, the output head gets hidden states that lie together in memory: else torch copies its weights once a row of
+the prefill.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +20,19 @@ from torch import Tensor
 
 from antefix.attach import attached
 from antefix.base import Dtype
-from antefix.benchmarks.machine import description, read_bandwidth_gb_s
-from antefix.benchmarks.peers import give_slots, peft_model
-from antefix.benchmarks.rounds import Spread, interleave, ratio, summary
+from antefix.benchmarks.machine import read_bandwidth_gb_s
+from antefix.benchmarks.peers import give_slots, peft_generate, peft_model
+from antefix.benchmarks.record import Curve, Record
+from antefix.benchmarks.rounds import Spread, interleave
 from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import Work, common_slots, load_workload, our_prefix, parameters_in_products, peak_mib
 from antefix.errors import BenchmarkError
 
 Watch = Callable[[int, int, str], None]
-TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}
-"""How far the first logits of two arms may be apart; they range over tens."""
+TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.1}
+"""How far the first logits of two arms may be apart in the mean; they range over tens."""
+SLOT_COUNTS, BATCHES, DISTINCT = (0, 16, 128, 512, 2048), (1, 4, 16, 64), (1, 4, 16, 64, 256)
+"""Of the growth curves."""
 
 
 class Decoding:
@@ -33,32 +40,48 @@ class Decoding:
 
     def __init__(self, base: str, data: str, dtype: Dtype, batch: int, new_tokens: int) -> None:
         self.base, encoded = load_workload(base, data, dtype)
-        sources = [e.source for e in encoded.examples[:batch]]
-        if len(sources) < batch:
-            raise BenchmarkError(f"{data} has {len(sources)} sources, the batch needs {batch}")
+        self._sources = [e.source for e in encoded.examples]
+        self._data, self._new_tokens = data, new_tokens
+        self.inputs = self.batch_of(batch)
+        head = self.base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
+        self._config: Any = copy.deepcopy(self.base.model.generation_config)
+        self._config.eos_token_id = None  # every row goes on to the end
+        self._config.do_sample = False
+
+    def batch_of(self, count: int) -> dict[str, Tensor]:
+        """The first sources, padded on the left."""
+        sources = self._sources[:count]
+        if len(sources) < count:
+            raise BenchmarkError(f"{self._data} has {len(sources)} sources, the batch needs {count}")
         longest, pad = max(map(len, sources)), self.base.tokenizer.pad_token_id
-        self.inputs = {
+        return {
             "input_ids": torch.tensor([[pad] * (longest - len(s)) + list(s) for s in sources]),
             "attention_mask": torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sources]),
         }
-        self._new_tokens = new_tokens
 
-    def generate(self, model: Any, inputs: dict[str, Tensor]) -> int:
-        """Decode; how many tokens are new."""
-        new = self._new_tokens
+    def generate(self, generate: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        """New tokens: (B, new)."""
         with torch.no_grad():
-            out = model.generate(
-                **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                pad_token_id=self.base.tokenizer.pad_token_id,
-            )  # fmt: skip
-        return int(out.shape[0]) * new
+            out = generate(**inputs, generation_config=self._config, max_new_tokens=self._new_tokens)
+        return out[:, inputs["input_ids"].shape[1] :]
 
-    def first_logits(self, model: Any) -> list[list[float]]:
-        """Of every row's first new token, over the first thousand words."""
+    def first_logits(self, model: Any) -> Tensor:
+        """Of every row's first new token: (B, V)."""
         positions = (self.inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
-            logits = model(**self.inputs, position_ids=positions).logits
-        return logits[:, -1, :1000].float().tolist()  # type: ignore[no-any-return]
+            return model(**self.inputs, position_ids=positions).logits[:, -1].float()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What an arm shows before it is timed."""
+
+    first_logits: list[list[float]]
+    """Of the first thousand words."""
+    first_words: list[int]
+    """By these logits."""
+    generated: list[list[int]]
 
 
 class OurDecoding:
@@ -66,20 +89,27 @@ class OurDecoding:
 
     def __init__(self, num_slots: int, distinct: int, **decoding: Any) -> None:
         self._decoding = Decoding(**decoding)
-        model = self._decoding.base.model
-        self._prefixes = [our_prefix(model, common_slots(model, num_slots, seed)) for seed in range(distinct)]
+        self._inputs = self._decoding.inputs
+        self._prefixes = self._made(num_slots, distinct)
 
     def work(self, number: int) -> Work:
         """Decode the batch once."""
         with self._attached() as model:
             started = time.perf_counter()
-            count = self._decoding.generate(model, self._decoding.inputs)
-            return Work(count, time.perf_counter() - started)
+            out = self._decoding.generate(model.generate, self._inputs)
+            return Work(out.numel(), time.perf_counter() - started)
 
-    def first_logits(self) -> list[list[float]]:
-        """See `Decoding.first_logits`."""
+    def work_with(self, num_slots: int, distinct: int, batch: int) -> Work:
+        """The same with other prefixes and rows."""
+        self._inputs, self._prefixes = self._decoding.batch_of(batch), self._made(num_slots, distinct)
+        return self.work(0)
+
+    def show(self) -> Shown:
+        """See `Shown`."""
         with self._attached() as model:
-            return self._decoding.first_logits(model)
+            logits = self._decoding.first_logits(model)
+            texts = self._decoding.generate(model.generate, self._inputs)
+        return Shown(logits[:, :1000].tolist(), logits.argmax(1).tolist(), texts.tolist())
 
     def peak_mib(self) -> float:
         """Peak memory of decoding above the model."""
@@ -90,13 +120,17 @@ class OurDecoding:
         model = self._decoding.base.model
         return sum(parameters_in_products(model)) * model.dtype.itemsize
 
+    def _made(self, num_slots: int, distinct: int) -> list[Any]:
+        model = self._decoding.base.model
+        return [our_prefix(model, common_slots(model, num_slots, seed)) for seed in range(distinct)]
+
     @contextmanager
     def _attached(self) -> Iterator[Any]:
         model = self._decoding.base.model
         if not self._prefixes:
             yield model
             return
-        num_rows = len(self._decoding.inputs["input_ids"])
+        num_rows = len(self._inputs["input_ids"])
         rows = None if len(self._prefixes) == 1 else [n % len(self._prefixes) for n in range(num_rows)]
         with attached(model, *self._prefixes, rows=rows):
             yield model
@@ -124,16 +158,23 @@ class PeftDecoding:
         for place, name in enumerate(self._names):
             self._model.set_adapter(name)
             group = {key: value[place :: len(self._names)] for key, value in inputs.items()}
-            count += self._decoding.generate(self._model, group)
+            count += self._generated(group).numel()
         return Work(count, time.perf_counter() - started)
 
-    def first_logits(self) -> list[list[float]]:
-        """See `Decoding.first_logits`."""
-        return self._decoding.first_logits(self._model)
+    def show(self) -> Shown:
+        """See `Shown`; of the first prefix."""
+        self._model.set_adapter("default")
+        logits = self._decoding.first_logits(self._model)
+        return Shown(
+            logits[:, :1000].tolist(), logits.argmax(1).tolist(), self._generated(self._decoding.inputs).tolist()
+        )
 
     def peak_mib(self) -> float:
         """Peak memory of decoding above the model."""
         return peak_mib(lambda: self.work(0))
+
+    def _generated(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self._decoding.generate(lambda **arguments: peft_generate(self._model, **arguments), inputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,45 +189,49 @@ class DecodingBench:
     num_slots: int = 10
     many_slots: int = 1024
     rounds: int = 9
-    mixed: bool = True
-    """Also as many different prefixes as rows."""
+    quick: bool = False
+    """No curves."""
 
 
-def bench_decoding(bench: DecodingBench, watch: Watch) -> dict[str, Any]:
-    """Run it; the record holds every round. Raises BenchmarkError where ours and PEFT's logits differ."""
-    found = {dtype: _at_precision(bench, dtype, watch) for dtype in bench.precisions}
-    return {"bench": "generate", "settings": asdict(bench), "machine": description(), "precisions": found}
+def bench_decoding(bench: DecodingBench, watch: Watch) -> Record:
+    """Run it, one precision after the other. Raises BenchmarkError where ours and PEFT's do not write the same."""
+    record = Record(bench="generate", settings=asdict(bench), unit="new tokens/s")
+    for dtype in bench.precisions:
+        _at_precision(bench, dtype, record, watch)
+    if not bench.quick:
+        record.curves = _growth(bench, watch)
+    return record
 
 
-def _at_precision(bench: DecodingBench, dtype: Dtype, watch: Watch) -> dict[str, Any]:
+def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Watch) -> None:
+    few, many, mixed = f"{bench.num_slots} slots", f"{bench.many_slots} slots", f"{bench.batch} prefixes"
     with ExitStack() as stack:
         arms = {name: stack.enter_context(worker()) for name, worker in _workers(bench, dtype).items()}
-        differences = {
-            slots: _difference(arms[f"ours, {slots} slots"], arms[f"PEFT, {slots} slots"], dtype)
-            for slots in (bench.num_slots, bench.many_slots)
-        }
-        for arm in arms.values():
-            arm.call("work", 0)  # to warm up
+        for what in (few, many):
+            record.figures |= _agreement(arms, what, dtype)
+        for name, arm in arms.items():
+            watch(0, 1, f"warming up {name}")
+            arm.call("work", 0)
         num_turns = bench.rounds * len(arms)
 
         def turn(arm: Worker) -> Callable[[int], float]:
             return lambda number: float(arm.call("work", number).per_second)
 
         rates = interleave(
-            {name: turn(arm) for name, arm in arms.items()},
-            bench.rounds,
-            lambda done, name: watch(done, num_turns, f"{dtype}: {name}"),
+            {name: turn(arm) for name, arm in arms.items()}, bench.rounds, lambda n, name: watch(n, num_turns, name)
         )
-        gigabytes_a_token = arms["bare base"].call("bytes_per_step") / bench.batch / 1e9
-        return {
-            "largest_difference_of_logits": differences,
-            "arms": {
-                name: {**rated, "peak_mib": arms[name].call("peak_mib")} for name, rated in summary(rates).items()
-            },
-            "ratios": {f"{of} / {to}": ratio(rates, of, to).to_dict() for of, to in _compared(bench)},
-            "memory_read_gb_s": read_bandwidth_gb_s(),
-            "weights_read_gb_s": Spread.of([rate * gigabytes_a_token for rate in rates["bare base"]]).to_dict(),
-        }
+        record.rounds |= rates
+        record.peak_mib |= {name: arm.call("peak_mib") for name, arm in arms.items()}
+        bare = f"bare base, {dtype}"
+        gigabytes_a_token = arms[bare].call("bytes_per_step") / bench.batch / 1e9
+        read = Spread.of([rate * gigabytes_a_token for rate in rates[bare]]).median
+        memory = read_bandwidth_gb_s()
+    record.figures |= {f"GB/s of weights, {bare}": read, f"GB/s that memory gives, {dtype}": memory}
+    for of, to in (
+        (f"ours, {few}", "bare base"), (f"PEFT, {few}", "bare base"), (f"ours, {many}", f"PEFT, {many}"),
+        (f"ours, {mixed}", f"ours, {few}"), (f"ours, {mixed}", f"PEFT, {mixed}"),
+    ):  # fmt: skip
+        record.add_ratio(f"{of}, {dtype}", f"{to}, {dtype}")
 
 
 def _workers(bench: DecodingBench, dtype: Dtype) -> dict[str, Callable[[], Worker]]:
@@ -198,31 +243,65 @@ def _workers(bench: DecodingBench, dtype: Dtype) -> dict[str, Callable[[], Worke
     for slots in (few, many):
         arms[f"ours, {slots} slots"] = ("OurDecoding", slots, 1)
         arms[f"PEFT, {slots} slots"] = ("PeftDecoding", slots, 1)
-    if bench.mixed:
-        arms[f"ours, {bench.batch} prefixes"] = ("OurDecoding", few, bench.batch)
-        arms[f"PEFT, {bench.batch} prefixes"] = ("PeftDecoding", few, bench.batch)
+    arms[f"ours, {bench.batch} prefixes"] = ("OurDecoding", few, bench.batch)
+    arms[f"PEFT, {bench.batch} prefixes"] = ("PeftDecoding", few, bench.batch)
     return {
-        name: lambda arm=arm, slots=slots, distinct=distinct: Worker(  # type: ignore[misc]
+        f"{name}, {dtype}": lambda arm=arm, slots=slots, distinct=distinct: Worker(  # type: ignore[misc]
             f"antefix.benchmarks.decoding:{arm}", {**common, "num_slots": slots, "distinct": distinct}
         )
         for name, (arm, slots, distinct) in arms.items()
     }
 
 
-def _compared(bench: DecodingBench) -> list[tuple[str, str]]:
-    few, many, mixed = f"{bench.num_slots} slots", f"{bench.many_slots} slots", f"{bench.batch} prefixes"
-    compared = [(f"ours, {few}", "bare base"), (f"PEFT, {few}", "bare base"), (f"ours, {many}", f"PEFT, {many}")]
-    if bench.mixed:
-        compared += [(f"ours, {mixed}", f"ours, {few}"), (f"ours, {mixed}", f"PEFT, {mixed}")]
-    return compared
-
-
-def _difference(ours: Worker, peft: Worker, dtype: Dtype) -> float:
-    """The largest difference between the first logits of two arms with the same slots."""
-    difference = float((torch.tensor(ours.call("first_logits")) - torch.tensor(peft.call("first_logits"))).abs().max())
+def _agreement(arms: dict[str, Worker], what: str, dtype: Dtype) -> dict[str, float]:
+    """Ours and PEFT's with the same slots have the same logits, and each writes what its own logits say."""
+    ours, peft = (arms[f"{who}, {what}, {dtype}"].call("show") for who in ("ours", "PEFT"))
+    difference = float((torch.tensor(ours.first_logits) - torch.tensor(peft.first_logits)).abs().mean())
     if difference > TOLERANCE[dtype]:
         raise BenchmarkError(
-            f"{dtype}: with the same slots the logits of ours and PEFT's differ by {difference:.2g}: they do not "
-            "compute the same, so nothing is timed"
+            f"{dtype}, {what}: with the same slots the logits of ours and PEFT's differ by {difference:.2g} in the "
+            "mean: they do not compute the same, so nothing is timed"
         )
-    return difference
+    for who, shown in (("ours", ours), ("PEFT", peft)):
+        wrong = sum(a != b[0] for a, b in zip(shown.first_words, shown.generated, strict=True))
+        # In half precision two words may be a rounding apart.
+        if wrong > (0 if dtype == "float32" else len(shown.generated) // 4):
+            raise BenchmarkError(f"{dtype}, {what}: {who} does not write what its own logits say ({wrong} rows)")
+    same = sum(a == b for a, b in zip(ours.generated, peft.generated, strict=True))
+    return {
+        f"mean difference of logits, ours and PEFT, {what}, {dtype}": difference,
+        f"rows that ours and PEFT write alike, {what}, {dtype}": same,
+    }
+
+
+def _growing(watch: Watch, total: int, axis: str, done: int, name: str) -> None:
+    watch(done, total, f"growth over {axis}: {name}")
+
+
+def _growth(bench: DecodingBench, watch: Watch) -> list[Curve]:
+    """In the last precision: over slots, rows, and unlike prefixes, each beside the bare base."""
+    dtype = bench.precisions[-1]
+    few = bench.num_slots
+    axes: dict[str, dict[int, tuple[int, int, int]]] = {
+        "slots": {n: (n, 1, 16) for n in SLOT_COUNTS if n},
+        "rows": {n: (few, 1, n) for n in BATCHES},
+        "prefixes in 256 rows": {n: (few, n, 256) for n in DISTINCT},
+    }
+    options = {"base": bench.base, "data": bench.data, "dtype": dtype, "batch": 16, "new_tokens": 16,
+               "num_slots": few, "distinct": 1}  # fmt: skip
+    curves = []
+    with Worker("antefix.benchmarks.decoding:OurDecoding", options) as arm:
+
+        def rate(num_slots: int, distinct: int, batch: int, number: int) -> float:
+            return float(arm.call("work_with", num_slots, distinct, batch).per_second)
+
+        for axis, points in axes.items():
+            settings = {("with prefix", n): chosen for n, chosen in points.items()}
+            settings |= {("bare base", n): (few, 0, batch) for n, (_, _, batch) in points.items()}
+            turns = {f"{who} {n}": partial(rate, *chosen) for (who, n), chosen in settings.items()}
+            rates = interleave(turns, 3, partial(_growing, watch, 3 * len(turns), axis))
+            series: dict[str, list[tuple[float, Spread]]] = {}
+            for who, n in settings:
+                series.setdefault(who, []).append((n, Spread.of(rates[f"{who} {n}"])))
+            curves.append(Curve(title=f"decoding, {dtype}", x=axis, y="new tokens/s", series=series))
+    return curves

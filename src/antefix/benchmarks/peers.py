@@ -28,9 +28,9 @@ class PaddedTraining:
 
     def __init__(
         self, base: str, data: str, dtype: Dtype, trained: Literal["prefix", "full"], num_slots: int,
-        pairs_per_step: int, forward_pairs: int, sort: bool,
+        pairs_per_step: int, forward_pairs: int, sort: bool, sample: int | None = None,
     ) -> None:  # fmt: skip
-        self._base, self._data = load_workload(base, data, dtype)
+        self._base, self._data = load_workload(base, data, dtype, sample)
         self._model: Any = self._base.model
         if trained == "prefix":
             self._model = peft_model(self._base, num_slots)
@@ -122,3 +122,21 @@ def give_slots(model: Any, slots: Tensor, adapter: str = "default") -> None:
     """Put these values into a PEFT prefix."""
     with torch.no_grad():
         model.prompt_encoder[adapter].embedding.weight.copy_(slots)
+
+
+def peft_generate(model: Any, input_ids: Tensor, attention_mask: Tensor, **arguments: Any) -> Tensor:
+    """`generate` with a PEFT prefix: token ids (B, T + new).
+
+    PEFT 0.21 hands its slots over as `past_key_values`, which transformers 5.24 has renamed: its own `generate` then
+    writes without the prefix, and says nothing. So the cache that PEFT makes is given to the base's `generate`, behind
+    as many tokens that stand for it.
+    """
+    num_rows, num_slots = len(input_ids), model.active_peft_config.num_virtual_tokens
+    stand_ins = input_ids.new_full((num_rows, num_slots), model.config.pad_token_id)
+    out: Tensor = model.get_base_model().generate(
+        input_ids=torch.cat([stand_ins, input_ids], dim=1),
+        attention_mask=torch.cat([torch.ones_like(stand_ins), attention_mask], dim=1),
+        cache=model.get_prompt(batch_size=num_rows),
+        **arguments,
+    )
+    return out[:, num_slots:]

@@ -1,4 +1,4 @@
-"""A bench's record for people: a page of tables, a picture of the ratios."""
+"""A bench's record for people: a page of tables, a picture of the ratios, one of the curves."""
 
 from __future__ import annotations
 
@@ -8,46 +8,58 @@ from pathlib import Path
 from typing import Any
 
 from antefix import atomic
+from antefix.benchmarks.record import Curve, Record
+from antefix.benchmarks.rounds import Spread
 
-UNITS = {"train": "pairs/s", "generate": "new tokens/s"}
 
-
-def write_report(record: dict[str, Any], folder: Path) -> Path:
-    """`record.json`, `report.md` and `ratios.png` in a folder."""
+def write_report(record: Record, folder: Path) -> None:
+    """`record.json`, `report.md`, and `ratios.png` and `curves.png` where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_bytes(folder / "record.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    written = json.dumps(record.to_dict(), indent=1, ensure_ascii=False)
+    atomic.write_bytes(folder / "record.json", f"{written}\n".encode())
     atomic.write_bytes(folder / "report.md", markdown(record).encode())
-    _plot(record, folder / "ratios.png")
-    return folder
+    if record.ratios:
+        _plot_ratios(record, folder / "ratios.png")
+    if record.curves:
+        _plot_curves(record, folder / "curves.png")
 
 
-def markdown(record: dict[str, Any]) -> str:
+def markdown(record: Record) -> str:
     """Machine, arms, ratios, and what else was measured."""
-    machine = record["machine"]
+    machine = record.machine
     lines = [
-        f"# antefix bench {record['bench']}",
+        f"# antefix bench {record.bench}",
         "",
         f"{machine['processor']}, {machine['threads']} threads ({', '.join(machine['features'])}); "
         + ", ".join(f"{name} {found}" for name, found in machine["versions"].items()),
         "",
-        "Settings: " + ", ".join(f"{name} {_plain(value)}" for name, value in record["settings"].items()),
+        "Settings: " + ", ".join(f"{name} {_plain(value)}" for name, value in record.settings.items()),
     ]
-    for dtype, found in record["precisions"].items():
-        rates = [
-            (name, f"{arm['median']:.2f}", f"{arm['low']:.2f} to {arm['high']:.2f}", f"{arm['peak_mib']:,.0f}")
-            for name, arm in found["arms"].items()
+    if record.rounds:
+        rates = {name: Spread.of(values) for name, values in record.rounds.items()}
+        rows = [
+            (name, f"{rate.median:.4g}", f"{rate.low:.4g} to {rate.high:.4g}", _mib(record.peak_mib.get(name)))
+            for name, rate in rates.items()
         ]
-        ratios = [
-            (name, f"{spread['median']:.3f}", f"{spread['low']:.3f} to {spread['high']:.3f}")
-            for name, spread in found["ratios"].items()
-        ]
-        lines += [
-            "", f"## {dtype}",
-            "", *_table(("arm", UNITS[record["bench"]], "quartiles", "peak memory, MiB"), rates),
-            "", *_table(("ratio within a round", "median", "quartiles"), ratios),
-            "", *_REMARKS[record["bench"]](found),
-        ]  # fmt: skip
+        lines += ["", *_table(("arm", record.unit, "quartiles", "peak memory, MiB"), rows)]
+    if record.ratios:
+        ratios = [(name, f"{s.median:.3f}", f"{s.low:.3f} to {s.high:.3f}") for name, s in record.ratios.items()]
+        lines += ["", *_table(("ratio within a round", "median", "quartiles"), ratios)]
+    if record.figures:
+        figures = [(name, _plain(value)) for name, value in record.figures.items()]
+        lines += ["", *_table(("figure", ""), figures)]
+    for curve in record.curves:
+        lines += ["", f"{curve.title}: {curve.y}", "", *_curve_table(curve)]
     return "\n".join(lines) + "\n"
+
+
+def _curve_table(curve: Curve) -> list[str]:
+    xs = sorted({x for points in curve.series.values() for x, _ in points})
+    rows = []
+    for name, points in curve.series.items():
+        known = dict(points)
+        rows.append((name, *(f"{known[x].median:.3g}" if x in known else "" for x in xs)))
+    return _table((curve.x, *(f"{x:g}" for x in xs)), rows)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -55,52 +67,50 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in written]
 
 
-def _about_training(found: dict[str, Any]) -> list[str]:
-    losses = ", ".join(f"{name} {loss:.6f}" for name, loss in found["losses_with_the_same_slots"].items())
-    return [
-        f"Useful work of ours: {found['useful_gflops']['median']:.0f} GFLOP/s, "
-        f"{100 * found['useful_share']['median']:.0f} % of this model's best matrix product "
-        f"({found['matrix_peak_gflops']:.0f} GFLOP/s). The bare base's forward and backward on the same rows takes "
-        f"{found['bare_forward_backward_peak_mib']:,.0f} MiB at the peak.",
-        "",
-        f"Losses with the same slots on the same pairs: {losses}.",
-    ]
-
-
-def _about_decoding(found: dict[str, Any]) -> list[str]:
-    differences = ", ".join(f"{value:.2g} with {n} slots" for n, value in found["largest_difference_of_logits"].items())
-    return [
-        f"The bare base reads weights at {found['weights_read_gb_s']['median']:.1f} GB/s, the memory gives "
-        f"{found['memory_read_gb_s']:.1f} GB/s.",
-        "",
-        f"Largest difference between the logits of ours and of PEFT: {differences}.",
-    ]
-
-
-_REMARKS = {"train": _about_training, "generate": _about_decoding}
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return " and ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _plot(record: dict[str, Any], path: Path) -> None:
+def _plot_ratios(record: Record, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    bars = [
-        (f"{name}, {dtype}", spread)
-        for dtype, found in record["precisions"].items()
-        for name, spread in found["ratios"].items()
-    ][::-1]
-    figure = Figure(figsize=(8, 1 + 0.4 * len(bars)), layout="constrained")
+    names, spreads = list(record.ratios)[::-1], list(record.ratios.values())[::-1]
+    figure = Figure(figsize=(8, 1 + 0.4 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    medians = [found["median"] for _, found in bars]
-    spread = [[m - f["low"] for m, (_, f) in zip(medians, bars, strict=True)],
-              [f["high"] - m for m, (_, f) in zip(medians, bars, strict=True)]]  # fmt: skip
-    axes.barh([name for name, _ in bars], medians, xerr=spread, color="#4c72b0", ecolor="#222222", capsize=3)
+    medians = [s.median for s in spreads]
+    error = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+    axes.barh(names, medians, xerr=error, color="#4c72b0", ecolor="#222222", capsize=3)
     axes.axvline(1.0, color="#888888", linewidth=1)
     for row, median in enumerate(medians):
         axes.text(0.02, row, f"{median:.2f}", va="center", color="white", fontweight="bold")
-    axes.set_xlabel(f"times as many {UNITS[record['bench']]}")
+    axes.set_xlabel(f"times as many {record.unit}")
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def _plot_curves(record: Record, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(record.curves), 4), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, len(record.curves), squeeze=False)[0], record.curves, strict=True):
+        for name, points in curve.series.items():
+            x, spreads = [x for x, _ in points], [s for _, s in points]
+            (line,) = axes.plot(x, [s.median for s in spreads], marker="o", label=name)
+            axes.fill_between(
+                x, [s.low for s in spreads], [s.high for s in spreads], alpha=0.15, color=line.get_color()
+            )
+        if curve.logarithmic:
+            axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_ylim(bottom=0)
+        axes.set_title(curve.title)
+        axes.set_xlabel(curve.x)
+        axes.set_ylabel(curve.y)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -1,11 +1,10 @@
-"""Turns, and what they say: rates by round, medians with their spread, ratios within a round."""
+"""Turns, and what they say: a median with its spread, arms that take turns."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +21,6 @@ class Spread:
             return cls(statistics.median(values), min(values), max(values))
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(middle, low, high)
-
-    def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def interleave(
@@ -47,13 +40,3 @@ def interleave(
             rates[name].append(arms[name](number))
             done += 1
     return rates
-
-
-def ratio(rates: Mapping[str, Sequence[float]], of: str, to: str) -> Spread:
-    """How many times as fast one arm is as another: the spread of the ratios within the rounds."""
-    return Spread.of([a / b for a, b in zip(rates[of], rates[to], strict=True)])
-
-
-def summary(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """For the record: every rate, its spread."""
-    return {name: {"rounds": list(values), **Spread.of(values).to_dict()} for name, values in rates.items()}

@@ -1,7 +1,8 @@
 """`antefix bench train`: pairs a second, of ours and of the peers.
 
 Our arm is the loop that `antefix train` runs, with its defaults. All arms take the same number of pairs an optimiser
-step from the same encoded data. Each forward pass holds as many pairs as serves the arm best, found in one turn each.
+step from the same encoded data, in all precisions in one run. A peer's forward pass holds as many pairs as serves it
+best, found in one turn each.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 
 from antefix.attach import attached
+from antefix.attention.hook import routed
 from antefix.base import Dtype
-from antefix.benchmarks.machine import description, matrix_peak_gflops
+from antefix.benchmarks.machine import matrix_peak_gflops
 from antefix.benchmarks.peers import Pair
-from antefix.benchmarks.rounds import Spread, interleave, ratio, summary
+from antefix.benchmarks.record import Curve, Record
+from antefix.benchmarks.rounds import Spread, interleave
 from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import (
     Work,
@@ -28,6 +31,7 @@ from antefix.benchmarks.workload import (
     parameters_in_products,
     peak_mib,
 )
+from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit, microbatches, steps
 from antefix.errors import BenchmarkError
 from antefix.methods import method_class
@@ -39,9 +43,9 @@ from antefix.training.recipe import TrainingRecipe
 CHECKED: tuple[Pair, ...] = tuple((n, 0) for n in range(8))
 """The pairs on which arms must agree."""
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 3e-2}
-RANDOM = "PEFT, random batches of 8"
 FORWARD_PAIRS = (8, 16, 32, 64)
-FORWARD_TOKENS = (512, 1024, 2048)
+SLOT_COUNTS, SOURCE_TOKENS = (0, 16, 128, 512, 2048), (16, 64, 256, 1024)
+"""Of the growth curves."""
 _FIRST_SEED = 1000
 
 Watch = Callable[[int, int, str], None]
@@ -51,12 +55,17 @@ Watch = Callable[[int, int, str], None]
 class OurTraining:
     """The training loop of `antefix train`."""
 
-    def __init__(self, base: str, data: str, dtype: Dtype, num_slots: int, **training: Any) -> None:
-        self._base, self._data = load_workload(base, data, dtype)
-        method = method_class("prefix_tuning")
-        self._module = method.build(self._base, method.Config.model_validate({"num_virtual_tokens": num_slots}))
-        self._num_slots = num_slots
+    def __init__(
+        self, base: str, data: str, dtype: Dtype, num_slots: int, sample: int | None = None, **training: Any
+    ) -> None:
+        self._base, self._data = load_workload(base, data, dtype, sample)
+        self._set_slots(num_slots)
         self._recipe = TrainingRecipe(evaluations=0, **training)
+
+    def _set_slots(self, num_slots: int) -> None:
+        method = method_class("prefix_tuning")
+        config = method.Config.model_validate({"num_virtual_tokens": num_slots, "initial": "normal"})
+        self._module, self._num_slots = method.build(self._base, config), num_slots
 
     def check_loss(self, pairs: Sequence[Pair]) -> float:
         """Mean loss of a target token over these pairs, with the slots that all arms are given."""
@@ -66,29 +75,34 @@ class OurTraining:
             total = pair_losses(model, packed_batch(self._data, units, model)).sum()
         return float(total) / sum(len(self._data.examples[n].targets[t]) for n, t in pairs)
 
-    def set_forward_tokens(self, forward_tokens: int) -> None:
-        """How many tokens go through the model together; a step may take several forward passes."""
-        self._recipe = self._recipe.model_copy(update={"tokens_per_batch": forward_tokens})
-
     def work(self, seed: int, num_steps: int) -> Work:
         """Optimiser steps on pairs drawn with this seed; the time is the loop's own, without its set-up."""
+        return self._work_on(self._data, seed, num_steps)
+
+    def work_with(self, num_slots: int, source_tokens: int | None, seed: int) -> Work:
+        """One step with so many slots, on sources of so many (random) tokens."""
+        if num_slots != self._num_slots:
+            self._set_slots(num_slots)
+        return self._work_on(self._data if source_tokens is None else _with_sources(self._data, source_tokens), seed, 1)
+
+    def _work_on(self, data: Encoded, seed: int, num_steps: int) -> Work:
         reports: list[StepReport] = []
         train_loop(
-            self._base.model, self._module, self._data, None, self._drawn_with(seed, num_steps),
+            self._base.model, self._module, data, None, self._drawn_with(seed, num_steps),
             learning_rate=1e-3, digest="", run_folder=None, watch=reports.append,
         )  # fmt: skip
         pairs = num_steps * self._recipe.pairs_per_step
         return Work(pairs, pairs / reports[-1].pairs_per_second)
 
-    def useful_flop(self, seed: int, num_steps: int) -> float:
-        """Of the same steps: 4 a layer weight and token that is not padding, 4 a head weight and logit row.
+    def useful_flop_a_pair(self, seed: int, num_steps: int) -> float:
+        """Of the same steps: 4 a layer weight and token fed (none is padding), 4 a head weight and logit row.
 
         Forward and, on a frozen base, backward to activations only: two products of 2 operations a weight each.
         """
         layers, head = parameters_in_products(self._base.model)
-        batches = list(_batches(self, seed, num_steps))
+        batches = list(self._batches(seed, num_steps))
         tokens, rows = sum(b.num_tokens for b in batches), sum(len(b.positions) for b in batches)
-        return 4.0 * (layers * tokens + head * rows)
+        return 4.0 * (layers * tokens + head * rows) / (num_steps * self._recipe.pairs_per_step)
 
     def matrix_peak(self) -> float:
         """The best GFLOP/s of a matrix product of this model's shapes, in its precision, in this process."""
@@ -100,29 +114,28 @@ class OurTraining:
         """Peak memory of one optimiser step above the model."""
         return peak_mib(lambda: self.work(seed, 1))
 
-    def bare_work(self, seed: int) -> None:
-        """What nobody can do without: forward and backward to the input embeddings on the same rows, no prefix."""
-        model = self._base.model
-        for batch in _batches(self, seed, 1):
-            ids = batch.inputs.pop("input_ids")
-            batch.inputs["inputs_embeds"] = model.get_input_embeddings()(ids).requires_grad_()
-            pair_losses(model, batch).sum().backward()  # type: ignore[no-untyped-call]
-
     def bare_peak_mib(self, seed: int) -> float:
-        """Peak memory of `bare_work` above the model."""
-        return peak_mib(lambda: self.bare_work(seed))
+        """The same of what nobody can do without: forward and backward to the input embeddings, no prefix."""
+        return peak_mib(lambda: self._bare_work(seed))
+
+    def _bare_work(self, seed: int) -> None:
+        model = self._base.model
+        with routed(model):
+            for batch in self._batches(seed, 1):
+                ids = batch.inputs.pop("input_ids")
+                batch.inputs["inputs_embeds"] = model.get_input_embeddings()(ids).requires_grad_()
+                pair_losses(model, batch).sum().backward()  # type: ignore[no-untyped-call]
 
     def _drawn_with(self, seed: int, num_steps: int) -> TrainingRecipe:
         return self._recipe.model_copy(update={"seed": seed, "max_steps": num_steps})
 
-
-def _batches(arm: OurTraining, seed: int, num_steps: int) -> Iterator[Batch]:
-    """The forward passes of these steps."""
-    recipe, data = arm._recipe, arm._data
-    plan = steps(data, pairs_per_step=recipe.pairs_per_step, targets_per_row=recipe.targets_per_row, seed=seed)
-    for units in islice(plan, num_steps):
-        for part in microbatches(data, units, recipe.tokens_per_batch, packed=True):
-            yield packed_batch(data, part, arm._base.model)
+    def _batches(self, seed: int, num_steps: int) -> Iterator[Batch]:
+        """The forward passes of these steps."""
+        recipe, data = self._recipe, self._data
+        plan = steps(data, pairs_per_step=recipe.pairs_per_step, targets_per_row=recipe.targets_per_row, seed=seed)
+        for units in islice(plan, num_steps):
+            for part in microbatches(data, units, recipe.tokens_per_batch, packed=True):
+                yield packed_batch(data, part, self._base.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,95 +147,137 @@ class TrainingBench:
     precisions: tuple[Dtype, ...] = ("float32", "bfloat16")
     num_slots: int = 10
     pairs_per_step: int = 32
-    rounds: int = 9
-    steps_per_round: int = 2
-    with_full: bool = True
-    """Also full fine-tuning, which no prefix can be as slow as."""
-    targets_per_row: int | None = None
-    """None: the recipe's default."""
+    sample: int | None = None
+    """Train on so many pairs drawn one by one, which hardly share a source; None: on the whole file."""
+    rounds: int = 15
+    steps_per_round: int = 4
+    quick: bool = False
+    """No full fine-tuning, no curves, PEFT's sorted batches at 16 pairs a forward pass."""
 
 
-def bench_training(bench: TrainingBench, watch: Watch) -> dict[str, Any]:
-    """Run it; the record holds every round. Raises BenchmarkError where arms disagree on a loss."""
-    found = {dtype: _at_precision(bench, dtype, watch) for dtype in bench.precisions}
-    return {"bench": "train", "settings": asdict(bench), "machine": description(), "precisions": found}
-
-
-def _at_precision(bench: TrainingBench, dtype: Dtype, watch: Watch) -> dict[str, Any]:
+def bench_training(bench: TrainingBench, watch: Watch) -> Record:
+    """Run it. Raises BenchmarkError where arms disagree on a loss."""
+    record = Record(bench="train", settings=asdict(bench), unit="pairs/s")
     with ExitStack() as stack:
-        arms = {name: stack.enter_context(worker()) for name, worker in _workers(bench, dtype).items()}
-        losses = _checked(arms, dtype)
-        best = {name: _best_forward(name, arm, bench, watch) for name, arm in arms.items()}
-        ours, num_steps, num_turns = arms["ours"], bench.steps_per_round, bench.rounds * len(arms)
+        arms = {name: stack.enter_context(worker()) for name, worker in _workers(bench).items()}
+        for dtype in bench.precisions:
+            record.figures |= _checked_losses(arms, dtype)
+        for name, arm in arms.items():
+            record.figures |= _best_forward(name, arm, bench, watch)
+        num_steps, num_turns = bench.steps_per_round, bench.rounds * len(arms)
 
         def turn(arm: Worker) -> Callable[[int], float]:
             return lambda number: float(arm.call("work", _FIRST_SEED + number, num_steps).per_second)
 
-        rates = interleave(
-            {name: turn(arm) for name, arm in arms.items()},
-            bench.rounds,
-            lambda done, name: watch(done, num_turns, f"{dtype}: {name}"),
+        record.rounds = interleave(
+            {name: turn(arm) for name, arm in arms.items()}, bench.rounds, lambda n, name: watch(n, num_turns, name)
         )
-        pairs = num_steps * bench.pairs_per_step
-        flop_per_pair = [ours.call("useful_flop", _FIRST_SEED + n, num_steps) / pairs for n in range(bench.rounds)]
-        useful = [flop * rate / 1e9 for flop, rate in zip(flop_per_pair, rates["ours"], strict=True)]
-        peak = ours.call("matrix_peak")
-        return {
-            "losses_with_the_same_slots": losses,
-            "arms": {
-                name: {**rated, "best_forward": best[name], "peak_mib": arms[name].call("peak_mib", _FIRST_SEED)}
-                for name, rated in summary(rates).items()
-            },
-            "ratios": {f"ours / {other}": ratio(rates, "ours", other).to_dict() for other in arms if other != "ours"},
-            "bare_forward_backward_peak_mib": ours.call("bare_peak_mib", _FIRST_SEED),
-            "useful_gflops": Spread.of(useful).to_dict(),
-            "matrix_peak_gflops": peak,
-            "useful_share": Spread.of([u / peak for u in useful]).to_dict(),
-        }
+        for dtype in bench.precisions:
+            record.figures |= _useful_work(arms[f"ours, {dtype}"], record.rounds[f"ours, {dtype}"], dtype, bench)
+        record.peak_mib = {name: arm.call("peak_mib", _FIRST_SEED) for name, arm in arms.items()}
+    _add_ratios(record, bench)
+    if not bench.quick:
+        record.curves = _growth(bench, watch)
+    return record
 
 
-def _workers(bench: TrainingBench, dtype: Dtype) -> dict[str, Callable[[], Worker]]:
-    common = {"base": bench.base, "data": bench.data, "dtype": dtype, "num_slots": bench.num_slots}
-    packing = {} if bench.targets_per_row is None else {"targets_per_row": bench.targets_per_row}
-    padded = {**common, "trained": "prefix", "pairs_per_step": bench.pairs_per_step, "forward_pairs": 16}
-    arms: dict[str, tuple[str, dict[str, Any]]] = {
-        "ours": ("training:OurTraining", {**common, "pairs_per_step": bench.pairs_per_step, **packing}),
-        "PEFT, sorted": ("peers:PaddedTraining", {**padded, "sort": True}),
-        RANDOM: ("peers:PaddedTraining", {**padded, "sort": False, "forward_pairs": 8}),
-    }
-    if bench.with_full:
-        arms["full fine-tuning, sorted"] = ("peers:PaddedTraining", {**padded, "trained": "full", "sort": True})
+def _workers(bench: TrainingBench) -> dict[str, Callable[[], Worker]]:
+    arms: dict[str, tuple[str, dict[str, Any]]] = {}
+    for dtype in bench.precisions:
+        common = {"base": bench.base, "data": bench.data, "dtype": dtype, "num_slots": bench.num_slots,
+                  "sample": bench.sample, "pairs_per_step": bench.pairs_per_step}  # fmt: skip
+        padded = {**common, "trained": "prefix", "forward_pairs": 16}
+        arms[f"ours, {dtype}"] = ("training:OurTraining", common)
+        arms[f"PEFT sorted, {dtype}"] = ("peers:PaddedTraining", {**padded, "sort": True})
+        arms[f"PEFT random of 8, {dtype}"] = ("peers:PaddedTraining", {**padded, "sort": False, "forward_pairs": 8})
+        if dtype == "float32" and not bench.quick:
+            full = {**padded, "trained": "full", "sort": True}
+            arms[f"full fine-tuning sorted, {dtype}"] = ("peers:PaddedTraining", full)
     return {
         name: lambda place=place, options=options: Worker(f"antefix.benchmarks.{place}", options)  # type: ignore[misc]
         for name, (place, options) in arms.items()
     }
 
 
-def _checked(arms: dict[str, Worker], dtype: Dtype) -> dict[str, float]:
-    losses = {name: float(arm.call("check_loss", CHECKED)) for name, arm in arms.items() if "full" not in name}
+def _checked_losses(arms: dict[str, Worker], dtype: Dtype) -> dict[str, float]:
+    names = [name for name in arms if name.endswith(dtype) and "full" not in name]
+    losses = {name: float(arms[name].call("check_loss", CHECKED)) for name in names}
+    ours = losses[f"ours, {dtype}"]
     for name, loss in losses.items():
-        if abs(loss - losses["ours"]) > TOLERANCE[dtype] * losses["ours"]:
+        if abs(loss - ours) > TOLERANCE[dtype] * ours:
             raise BenchmarkError(
-                f"{dtype}: with the same slots and pairs ours has loss {losses['ours']:.6f}, {name} {loss:.6f}: "
-                "they do not compute the same, so nothing is timed"
+                f"{dtype}: with the same slots and pairs ours has loss {ours:.6f}, {name} {loss:.6f}: they do not "
+                "compute the same, so nothing is timed"
             )
-    return losses
+    return {f"loss with the same slots and pairs, {name}": round(loss, 6) for name, loss in losses.items()}
 
 
-def _best_forward(name: str, arm: Worker, bench: TrainingBench, watch: Watch) -> int:
-    """What a forward pass should hold: the fastest of those that make sense, after a turn to warm up."""
+def _best_forward(name: str, arm: Worker, bench: TrainingBench, watch: Watch) -> dict[str, float]:
+    """How many pairs a peer's forward pass should hold, after a turn to warm up."""
+    watch(0, 1, f"warming up {name}")
     arm.call("work", 0, 1)
-    if name == RANDOM:
-        return 8
-    if name == "ours":
-        setter, choices = "set_forward_tokens", list(FORWARD_TOKENS)
-    else:
-        setter, choices = "set_forward_pairs", [c for c in FORWARD_PAIRS if c <= bench.pairs_per_step]
+    if bench.quick or "sorted" not in name:
+        return {}
+    choices = [c for c in FORWARD_PAIRS if c <= bench.pairs_per_step]
     rates: dict[int, float] = {}
     for choice in choices:
         watch(len(rates), len(choices), f"how many at once serve {name} best")
-        arm.call(setter, choice)
+        arm.call("set_forward_pairs", choice)
         rates[choice] = arm.call("work", 1, 1).per_second
     best = max(rates, key=rates.__getitem__)
-    arm.call(setter, best)
-    return best
+    arm.call("set_forward_pairs", best)
+    return {f"pairs a forward pass, {name}": best}
+
+
+def _useful_work(ours: Worker, rates: Sequence[float], dtype: Dtype, bench: TrainingBench) -> dict[str, float]:
+    flop = [ours.call("useful_flop_a_pair", _FIRST_SEED + n, bench.steps_per_round) / 1e9 for n in range(bench.rounds)]
+    useful = Spread.of([f * rate for f, rate in zip(flop, rates, strict=True)]).median
+    peak = ours.call("matrix_peak")
+    return {
+        f"useful GFLOP/s, ours, {dtype}": useful,
+        f"best matrix product GFLOP/s, {dtype}": peak,
+        f"useful share of the best, {dtype}": useful / peak,
+        f"pairs/s if all were matrix products at their best, {dtype}": peak / (sum(flop) / len(flop)),
+        f"peak MiB of a bare forward and backward on the same rows, {dtype}": ours.call("bare_peak_mib", _FIRST_SEED),
+    }
+
+
+def _add_ratios(record: Record, bench: TrainingBench) -> None:
+    for dtype in bench.precisions:
+        for other in record.rounds:
+            if other.endswith(dtype) and not other.startswith("ours"):
+                record.add_ratio(f"ours, {dtype}", other)
+    if {"float32", "bfloat16"} <= set(bench.precisions):
+        record.add_ratio("ours, bfloat16", "PEFT random of 8, float32")
+
+
+def _growth(bench: TrainingBench, watch: Watch) -> list[Curve]:
+    """Of ours, in the last precision: over slots, and over the length of sources."""
+    dtype = bench.precisions[-1]
+    settings: dict[tuple[str, int], tuple[int, int | None]] = {("slots", n): (n, None) for n in SLOT_COUNTS if n}
+    settings |= {("source tokens", n): (bench.num_slots, n) for n in SOURCE_TOKENS}
+    options = {"base": bench.base, "data": bench.data, "dtype": dtype, "num_slots": bench.num_slots,
+               "pairs_per_step": 16}  # fmt: skip
+    with Worker("antefix.benchmarks.training:OurTraining", options) as arm:
+        rates = interleave(
+            {
+                f"{axis} {n}": lambda number, chosen=chosen: arm.call("work_with", *chosen, number).per_second  # type: ignore[misc]
+                for (axis, n), chosen in settings.items()
+            },
+            3,
+            lambda n, name: watch(n, 3 * len(settings), f"growth: {name}"),
+        )
+    return [
+        Curve(
+            title=f"training, {dtype}", x=axis, y="pairs/s",
+            series={"ours": [(n, Spread.of(rates[f"{a} {n}"])) for a, n in settings if a == axis]},
+        )
+        for axis in ("slots", "source tokens")
+    ]  # fmt: skip
+
+
+def _with_sources(data: Encoded, source_tokens: int) -> Encoded:
+    draw = torch.Generator().manual_seed(source_tokens)
+    ids = torch.randint(1000, 2000, (200, source_tokens), generator=draw).tolist()
+    examples = tuple(EncodedExample(tuple(s), e.targets) for s, e in zip(ids, data.examples, strict=False))
+    return Encoded(examples, 0, 0)

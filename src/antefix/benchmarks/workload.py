@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from antefix.base import Base, Dtype, load_base
 from antefix.data import read
-from antefix.data.encode import Encoded, Limits, encode
+from antefix.data.encode import Encoded, EncodedExample, Limits, encode
 from antefix.data.linearise import default_format
 from antefix.errors import BenchmarkError
 from antefix.interop.peft import split_matrix
@@ -38,12 +39,28 @@ class Work:
         return self.count / self.seconds
 
 
-def load_workload(base: str, data: str, dtype: Dtype) -> tuple[Base, Encoded]:
-    """A base, and the pairs of a data file as token ids."""
+def load_workload(base: str, data: str, dtype: Dtype, sample: int | None = None) -> tuple[Base, Encoded]:
+    """A base, and the pairs of a data file as token ids.
+
+    sample: only so many pairs, drawn one by one (with a fixed seed), whatever source they belong to.
+    """
     loaded = load_base(base, dtype=dtype)
     examples = [e for e in read(data) if e.targets]
     text_format = default_format([e.source for e in examples])
-    return loaded, encode(examples, text_format, loaded.tokenizer, Limits(context=loaded.context_length))
+    encoded = encode(examples, text_format, loaded.tokenizer, Limits(context=loaded.context_length))
+    return loaded, encoded if sample is None else _drawn(encoded, sample)
+
+
+def _drawn(encoded: Encoded, sample: int) -> Encoded:
+    pairs = [(n, t) for n, e in enumerate(encoded.examples) for t in range(len(e.targets))]
+    chosen: dict[int, list[int]] = {}
+    for n, t in random.Random(0).sample(pairs, min(sample, len(pairs))):
+        chosen.setdefault(n, []).append(t)
+    examples = (
+        EncodedExample(encoded.examples[n].source, tuple(encoded.examples[n].targets[t] for t in targets))
+        for n, targets in chosen.items()
+    )
+    return Encoded(tuple(examples), 0, 0)
 
 
 def common_slots(model: PreTrainedModel, num_slots: int, seed: int = 0) -> Tensor:

@@ -24,6 +24,7 @@ def train(
     data: Data = None,
     precision: Precision = "float32,bfloat16",
     pairs_per_step: Annotated[int, typer.Option(min=1, help="Pairs an optimiser step, in every arm.")] = 32,
+    sample: Annotated[int | None, typer.Option(min=1, help="Pairs drawn one by one; without: the whole file.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
     quick: Quick = False,
     out: Out = None,
@@ -32,15 +33,15 @@ def train(
     """Pairs a second in training: ours, PEFT's prefix-tuning (sorted by length, and at random), full fine-tuning.
 
     Every arm lives in a process of its own and works in turn; ratios are taken within a round. Before anything is
-    timed, all arms must have the same loss with the same slots.
+    timed, all arms must have the same loss with the same slots. Without --quick it takes about an hour.
 
     Example: `antefix bench train --data e2e-dataset.zip::trainset.csv --quick`
     """
     from antefix.benchmarks.training import TrainingBench, bench_training
 
     settings = TrainingBench(
-        base=base, data=_data(data), precisions=_precisions(precision), pairs_per_step=pairs_per_step,
-        rounds=rounds or (3 if quick else 15), steps_per_round=1 if quick else 4, with_full=not quick,
+        base=base, data=_data(data), precisions=_precisions(precision), pairs_per_step=pairs_per_step, sample=sample,
+        rounds=rounds or (3 if quick else 15), steps_per_round=1 if quick else 4, quick=quick,
     )  # fmt: skip
     _run(lambda watch: bench_training(settings, watch), out, as_json)
 
@@ -67,9 +68,48 @@ def generate(
 
     settings = DecodingBench(
         base=base, data=_data(data), precisions=_precisions(precision), batch=batch,
-        rounds=rounds or (3 if quick else 9),
+        rounds=rounds or (3 if quick else 9), quick=quick,
     )  # fmt: skip
     _run(lambda watch: bench_decoding(settings, watch), out, as_json)
+
+
+@bench_app.command("memory")
+def memory(
+    base: Base = "smollm2-135m",
+    data: Data = None,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Peak memory of an optimiser step: the bare base, ours, PEFT's prefix-tuning, full fine-tuning.
+
+    Example: `antefix bench memory --data e2e-dataset.zip::trainset.csv --quick`
+    """
+    from antefix.benchmarks.memory import MemoryBench, bench_memory
+
+    (dtype,) = _precisions(precision)[:1]
+    settings = MemoryBench(
+        base=base, data=_data(data), precision=dtype, pairs_per_step=(32,) if quick else (8, 16, 32, 64)
+    )
+    _run(lambda watch: bench_memory(settings, watch), out, as_json)
+
+
+@bench_app.command("load")
+def load(
+    base: Base = "smollm2-135m",
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Seconds until there is something to work with: help, imports, base, prefix, banks of many prefixes.
+
+    Example: `antefix bench load --quick`
+    """
+    from antefix.benchmarks.loading import LoadingBench, bench_loading
+
+    settings = LoadingBench(base=base, bank_sizes=(10, 1_000), own_prefixes=100) if quick else LoadingBench(base=base)
+    _run(lambda watch: bench_loading(settings, watch), out, as_json)
 
 
 def _run(bench: Any, out: Path | None, as_json: bool) -> None:
@@ -81,9 +121,9 @@ def _run(bench: Any, out: Path | None, as_json: bool) -> None:
         record = bench(lambda done, total, what: line.show(done, what, total=total))
     if out is not None:
         write_report(record, out)
-        screen.print(f"record, report and plot are in {out}", highlight=False, soft_wrap=True)
+        screen.print(f"record, report and plots are in {out}", highlight=False, soft_wrap=True)
     if as_json:
-        print_json(record)
+        print_json(record.to_dict())
     else:
         typer.echo(markdown(record))
 

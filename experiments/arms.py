@@ -1,0 +1,205 @@
+"""What is compared in quality: ways to train on the same base, each with a loss for pairs and a model that writes.
+
+All arms take the same pairs in every optimiser step, with the same schedule, clipping and optimiser (`trained`). Where
+an arm's model can take packed rows it gets them, which changes no loss; PEFT's prefix-tuning cannot, and gets its
+pairs sorted by length and padded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import antefix
+from antefix.attach import attached
+from antefix.attention.hook import routed
+from antefix.base import Base
+from antefix.benchmarks.peers import peft_generate
+from antefix.data.encode import Encoded
+from antefix.data.plan import Unit, all_units, microbatches, steps
+from antefix.methods import method_class
+from antefix.training.batch import packed_batch, padded_batch
+from antefix.training.objectives import pair_losses
+
+NUM_SLOTS = 10
+TOKENS_PER_BATCH = 1024
+
+
+class Arm(Protocol):
+    """One way to train."""
+
+    parameters: list[nn.Parameter]
+
+    @contextmanager
+    def at_work(self) -> Iterator[Base]:
+        """The base as this arm makes it, for losses and for texts."""
+
+    def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
+        """The sum of the pairs' losses of every forward pass."""
+
+
+class Ours:
+    """A prefix of Antefix."""
+
+    def __init__(self, base: Base, **config: Any) -> None:
+        method = method_class("prefix_tuning")
+        self._base = base
+        self._module = method.build(base, method.Config.model_validate({"num_virtual_tokens": NUM_SLOTS, **config}))
+        self.parameters = [p for p in self._module.parameters() if p.requires_grad]
+
+    @contextmanager
+    def at_work(self) -> Iterator[Base]:
+        with attached(self._base.model, self._module):
+            yield self._base
+
+    def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
+        return packed_losses(base, data, units)
+
+
+class PeftPrefix:
+    """PEFT's prefix-tuning; `text`: the words that its own function takes first values from."""
+
+    def __init__(self, base: Base, text: str | None = None, **config: Any) -> None:
+        from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_text
+
+        given = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=NUM_SLOTS, **config)
+        model = get_peft_model(base.model, given)
+        if text is not None:
+            initialize_kv_prefix_from_text(model, base.tokenizer, text=text, use_chat_template=False)
+        model.generate = partial(peft_generate, model)
+        self._base = Base(model, base.tokenizer, base.name)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def at_work(self) -> Iterator[Base]:
+        yield self._base
+
+    def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
+        for part in microbatches(data, [Unit(u.example, (t,)) for u in units for t in u.targets], 1024, packed=False):
+            batch = padded_batch(data, part, base.model)
+            logits = base.model(
+                input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"]
+            ).logits
+            scored = logits.flatten(0, 1)[batch.positions][batch.row]
+            yield nn.functional.cross_entropy(scored.float(), batch.label, reduction="sum")
+
+
+class PeftLora:
+    """PEFT's LoRA at the stored size of the prefix: rank 2 on the query and value projections."""
+
+    def __init__(self, base: Base) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(base.model, config)
+        self._base = Base(model.get_base_model(), base.tokenizer, base.name)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def at_work(self) -> Iterator[Base]:
+        with routed(self._base.model):
+            yield self._base
+
+    def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
+        return packed_losses(base, data, units)
+
+
+class Full:
+    """Every weight of the base."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self.parameters = list(base.model.requires_grad_(True).parameters())
+
+    @contextmanager
+    def at_work(self) -> Iterator[Base]:
+        with routed(self._base.model):
+            yield self._base
+
+    def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
+        return packed_losses(base, data, units)
+
+
+WORDS = "Describe the following facts in a natural sentence. The facts:"
+"""PEFT's text initialisation needs at least as many tokens as there are slots; these are the words ours starts from."""
+
+ARMS: dict[str, Callable[[Base], Arm]] = {
+    "ours": Ours,
+    "ours_network": lambda base: Ours(base, parametrisation="network"),
+    "peft_prefix": PeftPrefix,
+    "peft_prefix_text": lambda base: PeftPrefix(base, text=WORDS),
+    "peft_prefix_projection": lambda base: PeftPrefix(
+        base, prefix_projection=True, encoder_hidden_size=base.model.config.hidden_size
+    ),
+    "peft_lora": PeftLora,
+    "full": Full,
+}
+
+
+def packed_losses(base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
+    for part in microbatches(data, units, TOKENS_PER_BATCH, packed=True):
+        yield pair_losses(base.model, packed_batch(data, part, base.model)).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How an arm is trained."""
+
+    learning_rate: float
+    pairs_seen: int
+    seed: int
+    pairs_per_step: int = 10
+    targets_per_row: int = 2
+    warmup: float = 0.05
+    evaluate_every: int | None = 250
+    """Pairs; None: at the end only."""
+
+
+def trained(arm: Arm, train: Encoded, dev: Encoded, schedule: Schedule) -> list[tuple[int, float]]:
+    """Train; (pairs seen, dev loss) along the way. AdamW, linear schedule, clipping at 1.0, token mean."""
+    optimiser = torch.optim.AdamW(arm.parameters, lr=schedule.learning_rate, weight_decay=0.0)
+    num_steps = math.ceil(schedule.pairs_seen / schedule.pairs_per_step)
+    warmup = max(1, math.ceil(schedule.warmup * num_steps)) if schedule.warmup else 0
+    every = schedule.evaluate_every or schedule.pairs_seen
+    plan = steps(
+        train, pairs_per_step=schedule.pairs_per_step, targets_per_row=schedule.targets_per_row, seed=schedule.seed
+    )
+    curve, seen = [], 0
+    with arm.at_work() as base:
+        for step, units in enumerate(islice(plan, num_steps)):
+            torch.manual_seed(schedule.seed * 1_000_003 + step)
+            base.model.train(mode=False)
+            rate = (step + 1) / warmup if step < warmup else (num_steps - step) / max(num_steps - warmup, 1)
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.learning_rate * rate
+            num_labels = sum(len(train.examples[u.example].targets[t]) for u in units for t in u.targets)
+            for loss in arm.losses(base, train, units):
+                (loss / num_labels).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(arm.parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            before, seen = seen, seen + schedule.pairs_per_step
+            if seen // every > before // every or step + 1 == num_steps:
+                curve.append((seen, dev_loss(arm, base, dev)))
+    return curve
+
+
+@torch.no_grad()
+def dev_loss(arm: Arm, base: Base, dev: Encoded) -> float:
+    """Mean over target tokens; infinite where training has broken."""
+    total = sum(float(loss) for loss in arm.losses(base, dev, all_units(dev, 8)))
+    return total / sum(len(t) for e in dev.examples for t in e.targets)
+
+
+def texts(arm: Arm, examples: Sequence[antefix.Example]) -> list[str]:
+    """Greedy."""
+    with arm.at_work() as base:
+        return antefix.generate(base, examples, decoding=antefix.Decoding(num_beams=1))

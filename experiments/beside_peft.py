@@ -1,0 +1,218 @@
+"""Quality beside PEFT: prefixes, LoRA and full fine-tuning on the same pairs, each at its searched best.
+
+    python experiments/beside_peft.py path/to/e2e-dataset.zip path/to/webnlg
+
+The folder holds WebNLG 2017 as train.jsonl.gz and test.jsonl.gz (with `triples`, `lexs`, and `seen` in the test set).
+Everything is float32 on SmolLM2-135M. Units, in this order:
+
+- search: three learning rates an arm, 300 pairs each; the best by dev loss goes on.
+- final: 1,000 pairs (the same in every step of every arm), two seeds, dev loss at every 250 pairs, greedy texts for
+  every second test input.
+- untouched: each library's defaults, nothing set but the number of slots.
+- low: 50 to 500 pairs, three samples, ours against LoRA and full fine-tuning (Li & Liang 2021, figure 3).
+- extrapolation: trained on WebNLG's seen categories, tested on seen and unseen ones (section 6.4 there).
+
+Every finished unit is a file in `results/beside_peft/units/`: figures and counts, no texts. The report is written from
+what is there.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import antefix
+from antefix.base import Base
+from antefix.data import sample_pairs
+from antefix.data.encode import Encoded, Limits, encode
+from antefix.data.linearise import default_format
+from antefix.metrics import evaluate
+from antefix.training.recipe import TrainingRecipe
+
+from arms import ARMS, Schedule, texts, trained  # isort: skip
+from beside_peft_report import write_report  # isort: skip
+from units import ROOT, Unit, announce, finish  # isort: skip
+
+RESULTS = ROOT / "results" / "beside_peft"
+RATES: dict[str, tuple[float, float, float]] = {
+    "ours": (1e-2, 2e-2, 5e-2),
+    "ours_network": (5e-5, 2e-4, 1e-3),
+    "peft_prefix": (2e-2, 5e-2, 1e-1),
+    "peft_prefix_text": (1e-2, 2e-2, 5e-2),
+    "peft_prefix_projection": (1e-4, 1e-3, 5e-3),
+    "peft_lora": (1e-3, 3e-3, 1e-2),
+    "full": (1e-5, 5e-5, 2e-4),
+}
+SECONDS_A_PAIR = {"ours": 0.13, "ours_network": 0.15, "peft_lora": 0.17, "full": 0.3}
+"""About, on two cores; what is not here takes 0.3."""
+LOW = ("ours", "peft_lora", "full")
+SIZES, SAMPLES, SEEDS = (50, 100, 200, 500), (0, 1, 2), (0, 1)
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    e2e, webnlg = (Path(argument).resolve() for argument in sys.argv[1:])
+    folder = RESULTS / "units"
+    search = {
+        f"search_{arm}_{rate:g}": Unit(partial(run, e2e, arm, rate, 300, seed=0), _seconds(arm, 300, 1))
+        for arm, rates in RATES.items()
+        for rate in rates
+    }
+    later = later_units(e2e, webnlg, dict.fromkeys(RATES, 0.0))
+    announce(folder, {**search, **later})
+    found = finish(folder, search)
+    best = {
+        arm: min(rates, key=lambda rate, arm=arm: _last_loss(found[f"search_{arm}_{rate:g}"]))  # type: ignore[misc]
+        for arm, rates in RATES.items()
+    }
+    found |= finish(folder, later_units(e2e, webnlg, best))
+    write_report(found, best, RESULTS)
+
+
+def later_units(e2e: Path, webnlg: Path, best: dict[str, float]) -> dict[str, Unit]:
+    """All that needs the searched learning rates."""
+    final = {
+        f"final_{arm}_seed_{seed}": Unit(
+            partial(run, e2e, arm, best[arm], 1000, seed, test=2), _seconds(arm, 1000, 4, 315)
+        )
+        for seed in SEEDS
+        for arm in ARMS
+    }
+    untouched = {
+        f"untouched_{arm}_seed_{seed}": Unit(partial(run_untouched, e2e, arm, seed), _seconds(arm, 1000, 4))
+        for arm in ("ours", "peft_prefix")
+        for seed in SEEDS
+    }
+    low = {
+        f"low_{arm}_{size}_sample_{sample}": Unit(
+            partial(run_low, e2e, arm, best[arm], size, sample), _seconds(arm, min(1000, 10 * size), 1, 100)
+        )
+        for sample in SAMPLES
+        for size in SIZES
+        for arm in LOW
+    }
+    extrapolation = {
+        f"webnlg_{arm}": Unit(partial(run_webnlg, webnlg, arm, best[arm]), 2 * _seconds(arm, 1000, 4, 200))
+        for arm in LOW
+    }
+    return {**final, **untouched, **low, **extrapolation}
+
+
+def run(e2e: Path, arm_name: str, rate: float, pairs: int, seed: int, *, test: int | None = None) -> dict[str, Any]:
+    """Train on the first `pairs` of the same 1,000; test: texts for every so many-th test input."""
+    base = antefix.load_base("smollm2-135m")
+    arm = ARMS[arm_name](base)
+    train, dev = (_pairs(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
+    schedule = Schedule(learning_rate=rate, pairs_seen=pairs, seed=seed, evaluate_every=250 if pairs >= 1000 else None)
+    found: dict[str, Any] = {"arm": arm_name, "learning_rate": rate, "seed": seed, "parameters": _count(arm)}
+    found["pairs_seen_and_dev_loss"] = _finite(trained(arm, train, dev, schedule))
+    if test is not None:
+        found["test"] = _scored(arm, antefix.read(f"{e2e}::testset_w_refs.csv")[::test])
+    return found
+
+
+def run_untouched(e2e: Path, arm_name: str, seed: int) -> dict[str, Any]:
+    """Ours: TrainingRecipe and the method's rate. PEFT: its config and transformers' TrainingArguments."""
+    base = antefix.load_base("smollm2-135m")
+    arm = ARMS[arm_name](base)
+    train, dev = (_pairs(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
+    if arm_name == "ours":
+        recipe = TrainingRecipe()
+        schedule = Schedule(
+            learning_rate=2e-2, pairs_seen=1000, seed=seed, pairs_per_step=recipe.pairs_per_step,
+            targets_per_row=recipe.targets_per_row,
+        )  # fmt: skip
+    else:
+        schedule = Schedule(
+            learning_rate=5e-5, pairs_seen=1000, seed=seed, pairs_per_step=8, targets_per_row=1, warmup=0.0
+        )
+    return {
+        "arm": arm_name, "seed": seed, "learning_rate": schedule.learning_rate,
+        "pairs_per_step": schedule.pairs_per_step, "pairs_seen_and_dev_loss": _finite(trained(arm, train, dev, schedule)),
+    }  # fmt: skip
+
+
+def run_low(e2e: Path, arm_name: str, rate: float, size: int, sample: int) -> dict[str, Any]:
+    """A sample of so many pairs, seen ten times, but no more than 1,000 pairs in all."""
+    base = antefix.load_base("smollm2-135m")
+    arm = ARMS[arm_name](base)
+    train = _pairs(base, f"{e2e}::trainset.csv", size, seed=100 + sample)
+    dev = _pairs(base, f"{e2e}::devset.csv", 200)
+    schedule = Schedule(learning_rate=rate, pairs_seen=min(1000, 10 * size), seed=sample, evaluate_every=None)
+    curve = _finite(trained(arm, train, dev, schedule))
+    test = antefix.read(f"{e2e}::testset_w_refs.csv")[::6][:100]
+    return {
+        "arm": arm_name, "size": size, "sample": sample, "learning_rate": rate, "pairs_seen_and_dev_loss": curve,
+        "test": _scored(arm, test),
+    }  # fmt: skip
+
+
+def run_webnlg(folder: Path, arm_name: str, rate: float) -> dict[str, Any]:
+    """Trained on seen categories; scored on both kinds."""
+    base = antefix.load_base("smollm2-135m")
+    arm = ARMS[arm_name](base)
+    train = _encoded(base, sample_pairs(_webnlg(folder / "train.jsonl.gz"), 1000, seed=0))
+    dev = _encoded(base, sample_pairs(_webnlg(folder / "dev.jsonl.gz"), 100, seed=0))
+    curve = _finite(trained(arm, train, dev, Schedule(learning_rate=rate, pairs_seen=1000, seed=0)))
+    test = {seen: _webnlg(folder / "test.jsonl.gz", seen=seen) for seen in (True, False)}
+    return {
+        "arm": arm_name, "learning_rate": rate, "pairs_seen_and_dev_loss": curve,
+        **{"seen" if seen else "unseen": _scored(arm, rows[:: len(rows) // 100][:100]) for seen, rows in test.items()},
+    }  # fmt: skip
+
+
+def _scored(arm: Any, examples: Sequence[antefix.Example]) -> dict[str, Any]:
+    """Corpus BLEU, and every input's counts: enough for a bootstrap, and no text."""
+    found = evaluate([e.targets for e in examples], texts(arm, examples), ["bleu"])["bleu"]
+    return {"bleu": found.score, "inputs": len(examples), "counts": [[int(n) for n in row] for row in found.rows]}
+
+
+def _pairs(base: Base, data: str, pairs: int, seed: int = 0) -> Encoded:
+    return _encoded(base, sample_pairs(antefix.read(data), pairs, seed))
+
+
+def _encoded(base: Base, examples: Sequence[antefix.Example]) -> Encoded:
+    text_format = default_format([e.source for e in examples])
+    return encode(examples, text_format, base.tokenizer, Limits(context=base.context_length))
+
+
+def _webnlg(path: Path, seen: bool | None = None) -> list[antefix.Example]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [
+        antefix.Example(
+            source=antefix.Triples(tuple(tuple(part.strip() for part in t.split(" | ")) for t in row["triples"])),
+            targets=tuple(lex["text"] for lex in row["lexs"]),
+        )
+        for row in rows
+        if (seen is None or row["seen"] == seen) and row["lexs"]
+    ]
+
+
+def _seconds(arm: str, pairs: int, evaluations: int, texts_written: int = 0) -> float:
+    a_pair = SECONDS_A_PAIR.get(arm, 0.3)
+    return 5 + a_pair * (pairs + 80 * evaluations) + 0.25 * texts_written
+
+
+def _count(arm: Any) -> int:
+    return sum(p.numel() for p in arm.parameters)
+
+
+def _finite(curve: list[tuple[int, float]]) -> list[tuple[int, float | None]]:
+    return [(seen, loss if math.isfinite(loss) else None) for seen, loss in curve]
+
+
+def _last_loss(unit: dict[str, Any]) -> float:
+    loss = unit["pairs_seen_and_dev_loss"][-1][1]
+    return math.inf if loss is None else float(loss)
+
+
+if __name__ == "__main__":
+    main()
