@@ -12,6 +12,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "antefix"
 
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"benchmarks", "demo"},
     {"doctor", "interop", "training", "bank", "generated_file"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"attention"},
     {"base"},
     {"embedded", "fingerprint", "data", "decoding", "metrics", "settings", "tensor_file"},
-    {"atomic", "pace", "strict_json"},
+    {"atomic", "pace", "processes", "strict_json"},
     {"errors"},
 ]
 """From the top down: a piece may import what stands below it, or beside it in its own package."""

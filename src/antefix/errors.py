@@ -1,17 +1,18 @@
 """Every error a user can cause.
 
 AntefixError
-├── DataError            a data file, a row or a text is not usable (names file and line)
-├── RecipeError          a recipe or a command-line override is wrong (names the key)
-├── BaseModelError       a base cannot be loaded or cannot carry a prefix (names the model)
-├── PrefixError          a prefix does not fit where it is used
-│   ├── PrefixFileError  a kept prefix is broken, hostile or of an unknown format (names file and tensor)
-│   └── WrongBaseError   a prefix was trained for another base
-├── BankError            a bank cannot do what was asked (missing name, taken name)
-├── TrainingError        a run cannot start, resume or go on
-├── GenerationError      texts cannot be generated as asked
-├── MetricError          a score cannot be computed (a missing program, unequal counts)
-└── BenchmarkError       something cannot be measured here, or two arms do not compute the same
+├── DataError             a data file, a row or a text is not usable (names file and line)
+├── RecipeError           a recipe or a command-line override is wrong (names the key)
+├── BaseModelError        a base cannot be loaded or cannot carry a prefix (names the model)
+├── PrefixError           a prefix does not fit where it is used
+│   ├── PrefixFileError   a kept prefix is broken, hostile or of an unknown format (names file and tensor)
+│   └── WrongBaseError    a prefix was trained for another base
+├── BankError             a bank cannot do what was asked (missing name, taken name)
+├── TrainingError         a run cannot start, resume or go on
+│   └── OtherProcessError another of a run's processes failed, and says why
+├── GenerationError       texts cannot be generated as asked
+├── MetricError           a score cannot be computed (a missing program, unequal counts)
+└── BenchmarkError        something cannot be measured here, or two arms do not compute the same
 
 A message says what was given, what is allowed and what to do, in one line. The command line prints
 it and exits with 2; no traceback is shown for these.
@@ -57,6 +58,10 @@ class BankError(AntefixError):
 
 class TrainingError(AntefixError):
     """A run cannot start, resume or go on."""
+
+
+class OtherProcessError(TrainingError):
+    """Another of a run's processes failed, and says why: this one ends with it."""
 
 
 class GenerationError(AntefixError):

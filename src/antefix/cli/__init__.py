@@ -23,7 +23,7 @@ from antefix.cli.eval import evaluate
 from antefix.cli.generate import generate
 from antefix.cli.init import init
 from antefix.cli.train import train
-from antefix.errors import AntefixError
+from antefix.errors import AntefixError, OtherProcessError
 
 _INTERRUPTED = 130
 
@@ -71,6 +71,8 @@ def main() -> None:
         usage = error.format_message()
         if usage:  # else it was the help, and it is printed
             print(f"antefix: {usage.rstrip('.')}; --help says more", file=sys.stderr)
+        code = 2
+    except OtherProcessError:  # the process that failed says why
         code = 2
     except AntefixError as error:
         print(f"antefix: {error}", file=sys.stderr)

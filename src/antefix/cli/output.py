@@ -11,9 +11,9 @@ from rich.console import Console
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 
 
-def console() -> Console:
-    """For progress and messages: stderr, so that stdout holds the result alone."""
-    return Console(stderr=True)
+def console(quiet: bool = False) -> Console:
+    """For progress and messages: stderr, so that stdout holds the result alone. quiet: nothing is shown."""
+    return Console(stderr=True, quiet=quiet)
 
 
 def print_json(content: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,13 @@ import typer
 from antefix.cli.output import Json, console, print_json
 
 if TYPE_CHECKING:
+    from antefix.prefix import Prefix
     from antefix.training.recipe import Recipe
     from antefix.training.run import Prepared
 
 _STDERR = 2
+_INTERRUPTED = 130
+_STOPPING = b"stopping after this step; the same command goes on from here (Ctrl-C again: stop at once)\n"
 
 
 def train(
@@ -39,32 +43,42 @@ def train(
 
     Example: `antefix train menus.toml training.epochs=3 config.num_virtual_tokens=20`
     """
+    from antefix import processes
     from antefix.cli.progress import TrainingProgress
     from antefix.training.checkpoint import CHECKPOINT_FILE
     from antefix.training.recipe import load_recipe
     from antefix.training.run import check_name_is_free, is_unfinished, prepare_recipe, run_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    check_name_is_free(loaded, overwrite)
-    out = console()
-    prepared = prepare_recipe(loaded)
+    with processes.failing_together():
+        loaded = load_recipe(recipe, overrides or [])
+        check_name_is_free(loaded, overwrite)
+        prepared = prepare_recipe(loaded)
+    speaks = processes.is_main()
+    out = console(quiet=not speaks)
     going_on = is_unfinished(loaded.run_folder) and not restart
     for line in _plan(prepared):
         out.print(line, highlight=False)
     if going_on:
         out.print(f"going on from the checkpoint in {loaded.run_folder}", highlight=False)
     if dry_run:
-        if as_json:
+        if as_json and speaks:
             print_json(_plan_facts(loaded, prepared) | {"going_on": going_on})
         return
-    if restart:
-        (loaded.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-    with stop_after_step() as stop_requested, TrainingProgress(out, prepared.num_steps) as progress:
+    with processes.failing_together():  # nobody looks for the checkpoint before it is gone
+        if restart and speaks:
+            (loaded.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    with stop_after_step(speaks=speaks) as stop_requested, TrainingProgress(out, prepared.num_steps) as progress:
         prefix = run_recipe(loaded, prepared, progress, stop_requested=stop_requested, overwrite=overwrite)
+    processes.leave()
+    if speaks:
+        _report(loaded, prefix, as_json)
+
+
+def _report(recipe: Recipe, prefix: Prefix, as_json: bool) -> None:
     training = prefix.card.training
     result: dict[str, Any] = {
-        "prefix": str(loaded.prefix_folder),
-        "run": str(loaded.run_folder),
+        "prefix": str(recipe.prefix_folder),
+        "run": str(recipe.run_folder),
         "bytes": prefix.num_bytes,
         "values": prefix.num_values,
         "steps": training["steps"],
@@ -76,10 +90,10 @@ def train(
         print_json(result)
         return
     typer.echo(
-        f"kept {loaded.prefix_folder} ({prefix.num_bytes / 1024:,.0f} KiB, step {training['kept_step']} of "
-        f"{training['steps']}, {training['seconds']:,.0f} s); log and curve in {loaded.run_folder}"
+        f"kept {recipe.prefix_folder} ({prefix.num_bytes / 1024:,.0f} KiB, step {training['kept_step']} of "
+        f"{training['steps']}, {training['seconds']:,.0f} s); log and curve in {recipe.run_folder}"
     )
-    out.print(f"next: antefix generate --prefix {loaded.prefix_folder} --input FILE --output texts.jsonl")
+    console().print(f"next: antefix generate --prefix {recipe.prefix_folder} --input FILE --output texts.jsonl")
 
 
 def _plan_facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -112,8 +126,11 @@ def _plan(prepared: Prepared) -> list[str]:
 
 
 @contextmanager
-def stop_after_step() -> Iterator[Any]:
-    """The first Ctrl-C (or SIGTERM) ends the run after the step it is in, with a checkpoint; the second at once."""
+def stop_after_step(message: bytes = _STOPPING, *, speaks: bool = True) -> Iterator[Any]:
+    """The first Ctrl-C (or SIGTERM) ends the run after the step it is in, with a checkpoint; the second at once.
+
+    A process that does not speak, since another does, ends with the exit code alone.
+    """
     asked = False
 
     def ask(number: int, frame: Any) -> None:
@@ -122,13 +139,16 @@ def stop_after_step() -> Iterator[Any]:
             raise KeyboardInterrupt
         asked = True
         # Past Python's buffers: they may be in the middle of a progress line, and refuse to be entered twice.
-        os.write(
-            _STDERR, b"stopping after this step; the same command goes on from here (Ctrl-C again: stop at once)\n"
-        )
+        if speaks:
+            os.write(_STDERR, message)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
+    except KeyboardInterrupt:
+        if speaks:
+            raise
+        sys.exit(_INTERRUPTED)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -67,30 +67,41 @@ def all_units(encoded: Encoded, targets_per_row: int) -> list[Unit]:
     ]
 
 
-def microbatches(encoded: Encoded, units: Sequence[Unit], token_budget: int, *, packed: bool) -> list[list[Unit]]:
+def microbatches(
+    encoded: Encoded, units: Sequence[Unit], token_budget: int, *, packed: bool, multiple_of: int = 1
+) -> list[list[Unit]]:
     """Units in batches of at most `token_budget` tokens, padding included.
 
     A row that is longer than the budget gives some of its targets to a row of their own; a single pair that is
     longer is a batch by itself. Where rows are padded, those of like lengths stand together; where they are laid end to
-    end, batches are as few as they can be and hold about the same number of tokens.
+    end, batches are as few as they can be and hold about the same number of tokens. multiple_of: so many processes get
+    as many batches each, where there are pairs enough.
     """
     rows = [part for unit in units for part in _fitting(encoded, unit, token_budget if packed else 0)]
+    while len(rows) < multiple_of and (long := [row for row in rows if len(row.targets) > 1]):
+        longest = rows.index(max(long, key=lambda row: _row_tokens(encoded, row)))
+        rows[longest : longest + 1] = _halves(rows[longest])
     if packed and not encoded.for_encoder:
-        return _evenly(encoded, rows, token_budget)
+        return _evenly(encoded, rows, token_budget, multiple_of)
     batches: list[list[Unit]] = []
     for unit in sorted(rows, key=lambda row: _row_tokens(encoded, row)):
         if batches and _batch_tokens(encoded, [*batches[-1], unit]) <= token_budget:
             batches[-1].append(unit)
         else:
             batches.append([unit])
+    while len(batches) % multiple_of and (wide := [batch for batch in batches if len(batch) > 1]):
+        fullest = batches.index(max(wide, key=lambda batch: _batch_tokens(encoded, batch)))
+        half = len(batches[fullest]) // 2
+        batches[fullest : fullest + 1] = [batches[fullest][:half], batches[fullest][half:]]
     return batches
 
 
-def _evenly(encoded: Encoded, rows: Sequence[Unit], token_budget: int) -> list[list[Unit]]:
+def _evenly(encoded: Encoded, rows: Sequence[Unit], token_budget: int, multiple_of: int) -> list[list[Unit]]:
     """The longest row first, always into the batch that is emptiest."""
     longest_first = sorted(rows, key=lambda row: _row_tokens(encoded, row), reverse=True)
     total = sum(_row_tokens(encoded, row) for row in rows)
-    for count in range(min(-(-total // token_budget), len(rows)), len(rows) + 1):
+    counts = range(min(-(-total // token_budget), len(rows)), len(rows))
+    for count in (*(n for n in counts if n % multiple_of == 0), len(rows)):
         batches: list[list[Unit]] = [[] for _ in range(count)]
         fed = [0] * count
         for row in longest_first:
@@ -105,9 +116,12 @@ def _evenly(encoded: Encoded, rows: Sequence[Unit], token_budget: int) -> list[l
 def _fitting(encoded: Encoded, unit: Unit, token_budget: int) -> list[Unit]:
     if len(unit.targets) == 1 or _batch_tokens(encoded, [unit]) <= token_budget:
         return [unit]
+    return [part for half in _halves(unit) for part in _fitting(encoded, half, token_budget)]
+
+
+def _halves(unit: Unit) -> tuple[Unit, Unit]:
     half = len(unit.targets) // 2
-    halves = (Unit(unit.example, unit.targets[:half]), Unit(unit.example, unit.targets[half:]))
-    return [part for each in halves for part in _fitting(encoded, each, token_budget)]
+    return Unit(unit.example, unit.targets[:half]), Unit(unit.example, unit.targets[half:])
 
 
 def _batch_tokens(encoded: Encoded, units: Sequence[Unit]) -> int:

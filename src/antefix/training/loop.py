@@ -2,7 +2,8 @@
 
 The base is in eval mode and frozen, whatever is learned stands beside it. An optimiser step takes the number
 of source/target pairs it was asked for, in as many forward passes as the token budget makes. Several
-processes (Accelerate) share the forward passes of a step; their gradients, a few hundred kilobytes, are summed.
+processes (Accelerate) share the forward passes of a step; their gradients, a few hundred kilobytes, are summed. They
+take every decision alike, and the main one alone writes and is watched.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, all_units, microbatches, steps
 from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
+from antefix.processes import (
+    failing_together,
+    gathered,
+    is_main,
+    on_processor,
+    shared,
+    sum_gradients,
+    take_from_main,
+)
 from antefix.training.batch import Batch, encoder_decoder_batch, packed_batch, padded_batch
 from antefix.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
 from antefix.training.objectives import StepSize, pair_losses, reduce_losses
@@ -87,28 +97,35 @@ def train_loop(
     """Train `module` on the base; goes on from the checkpoint in `run_folder`, if there is one.
 
     digest: tells this run from others; a checkpoint of another run is refused. dev_metric: further dev scores,
-    measured by generating, with the module attached. stop_requested: asked after every step; True saves a
-    checkpoint and raises KeyboardInterrupt. Raises TrainingError for a loss that is not finite.
+    measured by generating, with the module attached. watch: of several processes only the main one is watched.
+    stop_requested: asked after every step; True, in any process, saves a checkpoint and raises KeyboardInterrupt.
+    Raises TrainingError for a loss that is not finite.
     """
-    _check_trackers(recipe.trackers)
+    with failing_together():
+        _check_trackers(recipe.trackers)
     accelerator = Accelerator(
-        log_with=list(recipe.trackers) or None, project_dir=None if run_folder is None else str(run_folder)
+        cpu=on_processor(),
+        log_with=list(recipe.trackers) or None,
+        project_dir=None if run_folder is None else str(run_folder),
     )
     if recipe.trackers:
         accelerator.init_trackers("antefix", config=recipe.model_dump(mode="json", exclude={"trackers"}))
     model.to(accelerator.device)
     module.to(accelerator.device).train()
+    take_from_main(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=recipe.weight_decay)
     num_steps = planned_steps(train_set, recipe)
     progress, best = Progress(), module.kept_tensors()
     # Before a checkpoint is loaded and without dropout: a resumed run must come to the same answer.
-    with attached(model, module.eval()):
+    with failing_together(), attached(model, module.eval()):
         form = batch_form(model, train_set, recipe.packed)
     module.train()
     checkpoint = None if run_folder is None else run_folder / CHECKPOINT_FILE
-    if checkpoint is not None and checkpoint.exists():
-        progress, best = load_checkpoint(checkpoint, digest, module, optimiser)
+    with failing_together():
+        if checkpoint is not None and checkpoint.exists():
+            progress, best = load_checkpoint(checkpoint, digest, module, optimiser)
+    _check_agreement((digest, form, progress.step))
     evaluate_at = _evaluation_steps(num_steps, recipe.evaluations if dev_set or dev_metric else 0)
 
     recompute = recomputing(model) if recipe.activation_checkpointing else nullcontext()
@@ -121,26 +138,25 @@ def train_loop(
         for units in itertools.islice(plan, progress.step, num_steps):
             if progress.stopped_early:
                 break
-            # Every draw of a step is a function of the seed and the step: a resumed run draws the same.
-            torch.manual_seed(recipe.seed * 1_000_003 + progress.step)
             rate = _set_rate(optimiser, learning_rate, progress.step, num_steps, recipe)
             size = _step_size(train_set, units)
-            batches = microbatches(train_set, units, recipe.tokens_per_batch, packed=form != "padded")
+            batches = microbatches(
+                train_set, units, recipe.tokens_per_batch,
+                packed=form != "padded", multiple_of=accelerator.num_processes,
+            )  # fmt: skip
             loss = torch.zeros((), device=accelerator.device)
-            for part in batches[accelerator.process_index :: accelerator.num_processes]:
+            for number, part in shared(list(enumerate(batches))):
+                # Every draw is a function of the seed, the step and the pass in it: a resumed run draws the same, and
+                # processes draw what one would.
+                torch.manual_seed(recipe.seed * 1_000_003 + progress.step + number * 15_485_863)
                 batch = _to(_FORMS[form](train_set, part, model), accelerator.device)
                 part_loss = reduce_losses(
                     pair_losses(model, batch, recipe.label_smoothing), size, recipe.loss_reduction
                 )
                 part_loss.backward()  # type: ignore[no-untyped-call]
                 loss += part_loss.detach()
-            if accelerator.num_processes > 1:
-                _sum_over_processes(accelerator, parameters)
-                loss = accelerator.reduce(loss, "sum")
-            if not math.isfinite(float(loss)):
-                raise TrainingError(
-                    f"step {progress.step + 1}: the loss is {float(loss)}; lower learning_rate (now {learning_rate:g})"
-                )
+            loss = sum_gradients(parameters, loss)
+            _check_loss(float(loss), progress.step + 1, learning_rate)
             torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -171,18 +187,20 @@ def train_loop(
             )
             if recipe.trackers:
                 accelerator.log({"loss": report.loss, "learning_rate": rate} | (scores or {}), step=progress.step)
-            stop, is_over = stop_requested(), progress.step == num_steps or progress.stopped_early
+            stop, is_over = any(gathered(stop_requested())), progress.step == num_steps or progress.stopped_early
             # Told before it is saved: of a step told and not saved the log drops the line when it is done again, but of
             # one saved and not told the line would be missing for ever.
-            watch(report)
-            due = now - last_saved >= recipe.checkpoint_seconds or is_over or stop
-            if checkpoint is not None and due and accelerator.is_main_process:
-                save_checkpoint(checkpoint, digest, progress, module, optimiser, best)
-                last_saved = now
+            with failing_together():
+                if is_main():
+                    watch(report)
+                due = now - last_saved >= recipe.checkpoint_seconds or is_over or stop
+                if checkpoint is not None and due and is_main():
+                    save_checkpoint(checkpoint, digest, progress, module, optimiser, best)
+                    last_saved = now
             if stop and not is_over:
                 raise KeyboardInterrupt
-    if recipe.trackers:
-        accelerator.end_training()
+    for tracker in accelerator.trackers:  # not `end_training`: it ends the processes' bond as well
+        tracker.finish()
     if not evaluate_at:
         progress.best_step, best = progress.step, module.kept_tensors()
     module.eval()
@@ -196,6 +214,22 @@ def _check_trackers(names: Sequence[str]) -> None:
         if name not in available:
             known = ", ".join(available) or "none is"
             raise TrainingError(f"training.trackers: '{name}' is not installed here, or unknown; installed: {known}")
+
+
+def _check_agreement(run: tuple[str, str, int]) -> None:
+    """Processes at unlike steps would wait for each other for ever."""
+    if len(set(gathered(run))) > 1:
+        with failing_together():
+            raise TrainingError(
+                "the processes see other data, another base or another checkpoint each: give them the same files, "
+                "and one run folder that all of them see"
+            )
+
+
+def _check_loss(loss: float, step: int, learning_rate: float) -> None:
+    if not math.isfinite(loss):
+        with failing_together():  # a step's loss is the same in all processes
+            raise TrainingError(f"step {step}: the loss is {loss}; lower learning_rate (now {learning_rate:g})")
 
 
 def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
@@ -235,12 +269,12 @@ def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None) -> Ba
 def dev_loss(
     model: PreTrainedModel, data: Encoded, form: BatchForm, *, targets_per_row: int, tokens_per_batch: int
 ) -> float:
-    """Mean negative log-likelihood of a target token, whatever the training loss was."""
+    """Mean negative log-likelihood of a target token, whatever the training loss was. Processes share the work."""
     units = all_units(data, targets_per_row)
     total, count = 0.0, sum(len(t) for e in data.examples for t in e.targets)
-    for part in microbatches(data, units, tokens_per_batch, packed=form != "padded"):
+    for part in shared(microbatches(data, units, tokens_per_batch, packed=form != "padded")):
         total += float(pair_losses(model, _to(_FORMS[form](data, part, model), model.device)).double().sum())
-    return total / count
+    return sum(gathered(total)) / count
 
 
 def _probe_unit(data: Encoded) -> Unit:
@@ -313,12 +347,6 @@ def _step_size(data: Encoded, units: Sequence[Unit]) -> StepSize:
         longest_target=max(target for _, target in pairs),
         longest_row=max(source + target - 1 for source, target in pairs),
     )
-
-
-def _sum_over_processes(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter]) -> None:
-    for parameter in parameters:
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = accelerator.reduce(gradient, "sum")
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

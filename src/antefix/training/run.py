@@ -24,6 +24,7 @@ from antefix.methods import method_class
 from antefix.methods.base import MethodConfig, MethodModule
 from antefix.metrics import load, score
 from antefix.prefix import BaseRecord, Card, Prefix
+from antefix.processes import failing_together, is_main, rejoined, shared
 from antefix.settings import validated
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import Journal
@@ -220,9 +221,11 @@ def run_recipe(
 ) -> Prefix:
     """Train a recipe's prefix and keep it in its bank; the run's folder holds a log and a plot.
 
-    An interrupted run goes on from its checkpoint, which is removed once the prefix is kept.
+    An interrupted run goes on from its checkpoint, which is removed once the prefix is kept. Of several processes the
+    main one keeps it, and all return when it is kept.
     """
-    check_name_is_free(recipe, overwrite)
+    with failing_together():
+        check_name_is_free(recipe, overwrite)
     journal = Journal(recipe.run_folder)
 
     def note(report: StepReport) -> None:
@@ -233,9 +236,11 @@ def run_recipe(
         prepared, recipe.run_folder, note, stop_requested=stop_requested,
         tags=recipe.tags, licence=recipe.licence, notes=recipe.notes,
     )  # fmt: skip
-    prefix.save(recipe.prefix_folder, overwrite=overwrite)
-    (recipe.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-    journal.plot(recipe.name)
+    with failing_together():
+        if is_main():
+            prefix.save(recipe.prefix_folder, overwrite=overwrite)
+            (recipe.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+            journal.plot(recipe.name)
     return prefix
 
 
@@ -264,8 +269,11 @@ def _bleu_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
     examples = [e for e in prepared.dev_examples if e.targets][: prepared.training.dev_metric_sources]
 
     def measure() -> dict[str, float]:
-        texts = generate(prepared.base, examples, text_format=prepared.text_format, decoding=prepared.decoding)
-        return {"dev_bleu": score([e.targets for e in examples], texts, ["bleu"])["bleu"]}
+        mine, texts = shared(examples), []
+        with failing_together():
+            if mine:
+                texts = generate(prepared.base, mine, text_format=prepared.text_format, decoding=prepared.decoding)
+        return {"dev_bleu": score([e.targets for e in examples], rejoined(texts), ["bleu"])["bleu"]}
 
     return measure
 
