@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from antefix.decoding import Decoding
 from antefix.methods import METHODS, method_class
 from antefix.training.recipe import DataRecipe, Recipe, TrainingRecipe
+from antefix.training.space import Range, SearchRecipe
 
 INTRODUCTION = """\
 <!-- Made by docs/generate_recipe_page.py: change the fields of the models instead. -->
@@ -33,6 +34,18 @@ DECODING = """\
 Also the keys of `antefix generate --set`; names and meanings are those of transformers' `generate`. A recipe that has
 this section gets the defaults below for what it leaves out, also for tables.
 """
+SEARCH = """\
+What `antefix search` tries; `antefix train` passes over it.
+"""
+RANGE = """\
+A key of the recipe, in quotes, has bounds or choices:
+
+```toml
+[search.space]
+"training.learning_rate" = {low = 1e-3, high = 1e-1, log = true}
+"config.num_virtual_tokens" = {choices = [5, 10, 20]}
+```
+"""
 KINDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true, false", "array": "list of texts"}
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
@@ -44,6 +57,8 @@ def allowed(field: dict[str, Any]) -> str:
         choices = ", ".join(f"`{choice}`" for choice in kind.get("items", kind)["enum"])
         return f"{'list of' if 'items' in kind else 'one of'} {choices}"
     limits = [f"{words} {kind[key]}" for key, words in LIMITS.items() if key in kind]
+    if "anyOf" in kind.get("items", {}):
+        return "list of values"
     pattern = [f"matching `{kind['pattern']}`"] if "pattern" in kind else []
     return ", ".join([KINDS.get(kind.get("type", "object"), "section"), *limits, *pattern])
 
@@ -73,6 +88,8 @@ def page() -> Iterator[str]:
         yield from (f"## `[config]` of `{method}`", "", *rows(config), "")
         yield from (f"`training.learning_rate` is {rate:g} with these defaults.", "")
     yield from ("## `[training]`", "", *rows(TrainingRecipe), "")
+    yield from ("## `[search]`", "", SEARCH, *rows(SearchRecipe), "")
+    yield from ("## `[search.space]`", "", RANGE, *rows(Range), "")
     yield from ("## `[decoding]`", "", DECODING, *rows(Decoding))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,17 +23,23 @@ def override(content: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise RecipeError(f"'{word}' is no override: write key=value, for example training.epochs=3")
-        *parents, last = key.strip().split(".")
-        section = content
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise RecipeError(f"'{key}': '{parent}' is no section")
         try:
-            section[last] = tomllib.loads(f"value = {text.strip()}")["value"]
+            value = tomllib.loads(f"value = {text.strip()}")["value"]
         except tomllib.TOMLDecodeError:
-            section[last] = text.strip()
+            value = text.strip()
+        put(content, key.strip(), value)
     return content
+
+
+def put(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of (nested) settings, in place. Raises RecipeError where one of its parts is no section."""
+    *parents, last = key.split(".")
+    section = content
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"'{key}': '{parent}' is no section")
+    section[last] = value
 
 
 def validated(model: type[Settings], content: Any, prefix: str = "") -> Settings:
@@ -58,8 +64,12 @@ def validated(model: type[Settings], content: Any, prefix: str = "") -> Settings
 
 
 def _section(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         annotation = model.model_fields[part].annotation
+        if get_origin(annotation) is dict:  # of sections, by any name
+            annotation = get_args(annotation)[1]
+            next(parts, None)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             break
         model = annotation

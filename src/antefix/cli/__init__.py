@@ -22,6 +22,7 @@ from antefix.cli.doctor import doctor
 from antefix.cli.eval import evaluate
 from antefix.cli.generate import generate
 from antefix.cli.init import init
+from antefix.cli.search import search
 from antefix.cli.train import train
 from antefix.errors import AntefixError, OtherProcessError
 
@@ -56,6 +57,7 @@ app.command("demo")(demo)
 app.command("init")(init)
 app.command("doctor")(doctor)
 app.command("train")(train)
+app.command("search")(search)
 app.command("generate")(generate)
 app.command("eval")(evaluate)
 app.add_typer(base_app, name="base")

@@ -50,7 +50,7 @@ class LiveLine:
             self._bar.update(self._task, completed=done, total=self._total, description=message)
         now = time.monotonic()
         if always or (self._bar is None and (now - self._last >= _PLAIN_LINE_SECONDS or done == self._total)):
-            self._out.print(f"{self._unit} {done}/{self._total}  {message}", highlight=False)
+            self._out.print(f"{self._unit} {done}/{self._total}  {message}", highlight=False, soft_wrap=True)
             self._last = now
 
 

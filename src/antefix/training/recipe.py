@@ -1,24 +1,26 @@
 """A training run as a TOML file: strict, checked once, complete.
 
-Values come from the file and from `key=value` overrides (dotted keys: `training.epochs=3`). An unknown key
-is an error that names the nearest known one.
+Values come from the file, from `key=value` overrides (dotted keys: `training.epochs=3`) and from a search. An
+unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
-from antefix.errors import RecipeError, nearest
+from antefix.errors import DataError, RecipeError, nearest
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodConfig
-from antefix.settings import override, validated
+from antefix.settings import override, put, validated
 from antefix.training.objectives import LossReduction
+from antefix.training.space import SearchRecipe, Value
 
 
 class _Section(BaseModel):
@@ -122,6 +124,8 @@ class Recipe(_Section):
     """What is learned from."""
     training: TrainingRecipe = TrainingRecipe()
     """How it is learned."""
+    search: SearchRecipe = SearchRecipe()
+    """What `antefix search` varies; a single run passes over it."""
     decoding: Decoding | None = None
     """Decoding defaults for the card; None: beams of 5 for tables and triples, else greedy."""
     tags: tuple[str, ...] = ()
@@ -170,6 +174,51 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = validated(Recipe, content)
         _ = recipe.method_config
+        _check_space(recipe)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
     return recipe
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Value]) -> Recipe:
+    """The recipe with other values under these dotted keys. Raises RecipeError for what a recipe does not take."""
+    content = recipe.model_dump(exclude_unset=True)
+    for key, value in values.items():
+        put(content, key, value)
+    changed = validated(Recipe, content)
+    _ = changed.method_config
+    try:
+        TextFormat.from_dict(changed.data.text)
+    except DataError as error:
+        raise RecipeError(f"data.{error}") from error
+    return changed
+
+
+_SEARCHED = ("base", "dtype", "method", "config.", "training.", "decoding.", "data.pairs", "data.max_source_tokens",
+             "data.text.")  # fmt: skip
+_NOT_SEARCHED = {
+    "training.seed": "it draws the dev set",
+    "training.dev_metric": "scores of two kinds cannot be compared",
+    "training.dev_metric_sources": "scores of unlike dev sets cannot be compared",
+    "training.trackers": "trials are not tracked",
+    "training.checkpoint_seconds": "it changes no score",
+}
+
+
+def _check_space(recipe: Recipe) -> None:
+    """Every key exists, takes these values, and leaves the scores comparable. Raises RecipeError."""
+    for key, values in recipe.search.space.items():
+        for value in values.edges:
+            try:
+                with_values(recipe, {key: value})
+            except RecipeError as error:
+                raise RecipeError(f"search.space: {error}") from error
+        reason = _NOT_SEARCHED.get(key)
+        if not any(key == known or (known.endswith(".") and key.startswith(known)) for known in _SEARCHED):
+            reason = f"keys to search are {', '.join(known + '*' * known.endswith('.') for known in _SEARCHED)}"
+        elif recipe.training.dev_metric == "loss" and key == "base":
+            reason = "a dev loss counts a base's own tokens; with training.dev_metric = 'bleu' bases can be compared"
+        elif recipe.training.dev_metric == "loss" and key.startswith("decoding."):
+            reason = "it changes no dev loss, only texts; with training.dev_metric = 'bleu' it can be searched"
+        if reason is not None:
+            raise RecipeError(f"search.space: '{key}' cannot be searched: {reason}")

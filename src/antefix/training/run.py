@@ -96,8 +96,8 @@ def train(
     return run(prepared, None if run_folder is None else Path(run_folder), watch)
 
 
-def prepare_recipe(recipe: Recipe) -> Prepared:
-    """Load the base, read the data and check everything a recipe says."""
+def recipe_examples(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Read the training and the dev set, and draw from them as a recipe says."""
     data = recipe.data
     train_examples = read(data.train, format=data.format, **data.reader)
     if data.dev is None:
@@ -108,6 +108,25 @@ def prepare_recipe(recipe: Recipe) -> Prepared:
         train_examples = sample_pairs(train_examples, data.pairs, recipe.training.seed)
     if data.dev_pairs is not None and data.dev_pairs < sum(len(e.targets) for e in dev_examples):
         dev_examples = sample_pairs(dev_examples, data.dev_pairs, recipe.training.seed)
+    return train_examples, dev_examples
+
+
+def recipe_base(recipe: Recipe) -> Base:
+    """Load the base a recipe names."""
+    return load_base(recipe.base, dtype=recipe.dtype, revision=recipe.base_revision)
+
+
+def prepare_recipe(
+    recipe: Recipe,
+    examples: tuple[Sequence[Example], Sequence[Example]] | None = None,
+    base: Base | None = None,
+) -> Prepared:
+    """Load the base, read the data and check everything a recipe says.
+
+    examples, base: what `recipe_examples` and `recipe_base` gave for a recipe that says the same of them.
+    """
+    data = recipe.data
+    train_examples, dev_examples = examples or recipe_examples(recipe)
     text = default_format([e.source for e in train_examples]).to_dict() | data.text
     if data.max_source_tokens is not None:
         text["max_source_tokens"] = data.max_source_tokens
@@ -115,9 +134,8 @@ def prepare_recipe(recipe: Recipe) -> Prepared:
     if recipe.decoding is not None:  # what it does not say stays the default for these sources
         said = recipe.decoding.model_dump(include=recipe.decoding.model_fields_set)
         decoding = validated(Decoding, decoding.model_dump() | said, "decoding.")
-    base = load_base(recipe.base, dtype=recipe.dtype, revision=recipe.base_revision)
     return prepare(
-        base, train_examples, dev_examples, method=recipe.method, config=recipe.config,
+        base or recipe_base(recipe), train_examples, dev_examples, method=recipe.method, config=recipe.config,
         text_format=TextFormat.from_dict(text), decoding=decoding, training=recipe.training,
         data_name=data.train, max_target_tokens=data.max_target_tokens,
     )  # fmt: skip
