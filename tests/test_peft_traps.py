@@ -25,8 +25,6 @@ ROWS = {
     (row["trap"], row["model"]): row for version, run in RUNS.items() if is_supported(version) for row in run["rows"]
 }
 NOT_RIGHT = {
-    # A mask alone does not tell a rotary base where its text begins; `generate` and our own batches say it.
-    "left padding, forward pass, mask alone, tokens count from 0",
     # Slots stay in sight, and have neither positions nor a bias: there a text as a prefix is not the text in context.
     "sliding window, a text's keys and values as slots, forward pass",
     "sliding window, a text's keys and values as slots, generation",

@@ -111,6 +111,7 @@ class Attachment:
             raise PrefixError(
                 "a prefix with shifted positions needs a base that takes position_ids and counts them from 0"
             )
+        self._relative = sites.positions == "relative"
         # Learned positions end; an index beyond them is an error without a name, on a GPU a crash.
         longest = getattr(model.config, "max_position_embeddings", None)
         self._last_position = longest - 1 if longest and sites.positions == "absolute" else None
@@ -211,8 +212,8 @@ class Attachment:
                 if isinstance(module, PreTrainedModel):
                     self._handles.append(module.register_forward_pre_hook(self._enter))
                     self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-        if any(self._shifts):
-            self._handles.append(self._model.register_forward_pre_hook(self._shift_positions, with_kwargs=True))
+        if any(self._shifts) or self._relative:
+            self._handles.append(self._model.register_forward_pre_hook(self._place_tokens, with_kwargs=True))
 
     def _uninstall(self) -> None:
         for handle in self._handles:
@@ -242,8 +243,13 @@ class Attachment:
         if self._outermost is module:
             self._outermost = None
 
-    def _shift_positions(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Tokens of a row with a shifted prefix stand P further on."""
+    def _place_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Tokens of a row with a shifted prefix stand P further on; padding on the left takes no positions.
+
+        A rotary base alone may count padding, since nothing there has a place of its own; slots have.
+        """
+        if not any(self._shifts) and (kwargs.get("position_ids") is not None or not _padded_on_the_left(kwargs)):
+            return args, kwargs
         ids = kwargs.get("input_ids") if not args else args[0]
         if ids is None:
             ids = kwargs["inputs_embeds"]
@@ -337,6 +343,11 @@ def _forest_in(kwargs: dict[str, Any]) -> Forest | None:
     if isinstance(mask, Mapping):  # one for each kind of layer, all of the same trees
         mask = next(iter(mask.values()))
     return forest_of(mask) if isinstance(mask, Tensor) and is_forest(mask) else None
+
+
+def _padded_on_the_left(kwargs: dict[str, Any]) -> bool:
+    mask = kwargs.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all())
 
 
 def _counted_positions(kwargs: dict[str, Any], length: int, device: torch.device) -> Tensor:
