@@ -79,12 +79,17 @@ def ready(*, dropout: float = 0.0, **training: Any) -> Prepared:
 def trained(prepared: Prepared, folder: Path | None = None, **arguments: Any) -> dict[str, Any]:
     """What a run did in this process. Only the main one is told losses."""
     told: list[StepReport] = []
-    passes = [0]
-    prepared.base.model.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + torch.is_grad_enabled()))
+    seeds: list[int] = []
+
+    def note_pass(*_: object) -> None:
+        if torch.is_grad_enabled():
+            seeds.append(torch.initial_seed())
+
+    prepared.base.model.register_forward_hook(note_pass)
     prefix = run(prepared, folder, told.append, **arguments)
     return {
         "losses": [report.loss for report in told],
-        "passes": passes[0],
+        "seeds of passes": seeds,
         "tensors": prefix.tensors,
         "dev": prefix.card.scores["dev"],
         "steps": prefix.card.training["steps"],
@@ -162,6 +167,7 @@ def in_each_process(folder: Path) -> None:
     done["failing with its share"] = failing_with_its_share()
     done["started elsewhere"] = started_elsewhere()
     done["at odds"] = at_odds()
+    done["joined"] = [processes.rejoined(processes.shared(range(count))) for count in range(6)]
     torch.save(done, folder / f"{os.environ['RANK']}.pt")
 
 
@@ -259,11 +265,26 @@ def test_what_is_compared_is_what_it_says(both: list[dict[str, Any]]) -> None:
     assert unlike >= 8
     assert both[0]["token mean"]["steps"] == 10
     assert both[0]["patience, texts choose"]["steps"] < 10
-    several = [process["token mean"]["passes"] for process in both]
-    assert max(several) - 1 <= min(several) > 10
+
+    def passes(name: str) -> list[int]:
+        return [len(process[name]["seeds of passes"]) for process in both]
+
+    assert max(passes("token mean")) - 1 <= min(passes("token mean")) > 10
     for name in ("all of a step in one pass", "a single row a step"):
-        assert [process[name]["passes"] for process in both] == [10, 10]
-    assert [process["a single pair a step"]["passes"] for process in both] == [10, 0]
+        assert passes(name) == [10, 10]
+    assert passes("a single pair a step") == [10, 0]
+
+
+def test_every_pass_draws_for_itself_and_what_it_would_draw_in_one_process(both: list[dict[str, Any]]) -> None:
+    name = "dropout, a pass a pair"
+    drawn = [seed for process in both for seed in process[name]["seeds of passes"]]
+    assert len(set(drawn)) == len(drawn) == 50
+    assert set(drawn) == set(trained(ready(**RUNS[name]))["seeds of passes"])
+
+
+def test_shares_are_joined_in_order(both: list[dict[str, Any]]) -> None:
+    for process in both:
+        assert process["joined"] == [list(range(count)) for count in range(6)]
 
 
 def test_a_stop_asked_of_one_process_stops_all_and_loses_no_bit(both: list[dict[str, Any]]) -> None:
