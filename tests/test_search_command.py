@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import random
@@ -160,12 +161,13 @@ def test_a_trial_that_was_cut_off_is_done_again_with_the_same_values() -> None:
 
 
 def test_a_trial_killed_between_its_result_and_its_end_has_ended() -> None:
-    whole = found("--trials", "2")
+    whole = found("--trials", "8", "run=whole")
+    found("--trials", "6")
     lines = JOURNAL.read_text().splitlines(keepends=True)
     assert '"result"' in lines[-2]
     JOURNAL.write_text("".join(lines[:-1]))
-    assert steps_of("search.trials=2") == []
-    assert tried(found("--trials", "2")) == tried(whole)
+    assert steps_of("search.trials=6") == []
+    assert tried(found("--trials", "8")) == tried(whole), "what is drawn later knows of it"
 
 
 def started_search(*words: str) -> subprocess.Popen[str]:
@@ -203,12 +205,15 @@ def test_kill_9_in_the_middle_loses_no_trial() -> None:
 
 def test_ctrl_c_ends_after_the_step() -> None:
     process = started_search("training.max_steps=100000", "training.evaluations=1")
-    while not JOURNAL.exists() or '"op_code":5' not in JOURNAL.read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        while not JOURNAL.exists() or '"op_code":5' not in JOURNAL.read_text():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "stopping after this step; the same command does this trial again" in errors
 
@@ -352,11 +357,10 @@ def test_a_hopeless_trial_is_pruned_when_asked() -> None:
 def test_bleu_is_maximised(monkeypatch: pytest.MonkeyPatch) -> None:
     scores: Iterator[float] = iter([0.2, 0.1, 0.7, 0.3, 0.4, 0.5])
     monkeypatch.setattr(run, "_bleu_of", lambda prepared: lambda: {"dev_bleu": next(scores)})
-    results = found("training.dev_metric=bleu", "--trials", "3", ONLY_RATES % "0.01, 0.02, 0.03")
-    trials = [trial["score"] for trial in results["trials"] if trial["same_as"] is None]
+    results = found("training.dev_metric=bleu", "--trials", "3")
     assert results["metric"] == "dev_bleu"
-    assert results["best"]["score"] == max(trials) == 0.7 if len(trials) > 1 else 0.2
-    assert trials == sorted(trials, reverse=True)
+    assert [(trial["number"], trial["score"]) for trial in results["trials"]] == [(2, 0.7), (3, 0.5), (1, 0.2)]
+    assert results["best"] == results["trials"][0]
 
 
 def test_base_and_data_are_loaded_once_where_no_trial_changes_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,6 +410,16 @@ def test_a_full_disk_is_one_line_and_no_trial_is_lost() -> None:
     with no_file_larger_than(JOURNAL.stat().st_size + 10):
         assert said().startswith("runs/menus/search/trials.jsonl: cannot be written (File too large); the trials that")
     assert len(found("--trials", "3")["trials"]) == 3
+
+
+def test_a_score_that_cannot_be_kept_ends_the_search_and_fails_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optuna.trial.Trial.report", full)
+        assert "trials.jsonl: cannot be written (No space left on device)" in said("search.prune=true")
+    assert tried(found("search.prune=true")) == tried(found("search.prune=true", "run=whole"))
 
 
 def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
