@@ -41,13 +41,14 @@ class Decoding:
     def __init__(self, base: str, data: str, dtype: Dtype, batch: int, new_tokens: int) -> None:
         self.base, encoded = load_workload(base, data, dtype)
         self._sources = [e.source for e in encoded.examples]
-        self._data, self._new_tokens = data, new_tokens
+        self._data = data
         self.inputs = self.batch_of(batch)
         head = self.base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
         self._config: Any = copy.deepcopy(self.base.model.generation_config)
         self._config.eos_token_id = None  # every row goes on to the end
         self._config.do_sample = False
+        self._config.max_new_tokens = new_tokens
 
     def batch_of(self, count: int) -> dict[str, Tensor]:
         """The first sources, padded on the left."""
@@ -63,7 +64,7 @@ class Decoding:
     def generate(self, generate: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:
         """New tokens: (B, new)."""
         with torch.no_grad():
-            out = generate(**inputs, generation_config=self._config, max_new_tokens=self._new_tokens)
+            out = generate(**inputs, generation_config=self._config)
         return out[:, inputs["input_ids"].shape[1] :]
 
     def first_logits(self, model: Any) -> Tensor:

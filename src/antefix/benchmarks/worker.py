@@ -24,7 +24,9 @@ class Worker:
     """
 
     def __init__(self, arm: str, options: dict[str, Any]) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Imports are done once, in a process that runs nothing; a forked one could not use its threads otherwise.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "transformers", "antefix.benchmarks.peers", "antefix.training.loop"])
         self._connection, other = context.Pipe()
         self._name = arm.rpartition(":")[2]
         self._process = context.Process(target=_serve, args=(other, arm, options), daemon=True)
@@ -34,7 +36,10 @@ class Worker:
 
     def call(self, method: str, *args: Any) -> Any:
         """A method of the arm, in its process."""
-        self._connection.send((method, args))
+        try:
+            self._connection.send((method, args))
+        except OSError:
+            raise self._ended() from None
         return self._receive()
 
     def __enter__(self) -> Self:
@@ -50,12 +55,15 @@ class Worker:
     def _receive(self) -> Any:
         try:
             done, result = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            raise BenchmarkError(f"the arm {self._name} ended with code {self._process.exitcode}") from None
+        except (EOFError, OSError):
+            raise self._ended() from None
         if not done:
             raise BenchmarkError(f"the arm {self._name}: {result}")
         return result
+
+    def _ended(self) -> BenchmarkError:
+        self._process.join(timeout=10)
+        return BenchmarkError(f"the arm {self._name} has ended (code {self._process.exitcode}): was memory short?")
 
 
 def _serve(connection: Connection, arm: str, options: dict[str, Any]) -> None:
