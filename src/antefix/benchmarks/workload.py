@@ -23,6 +23,8 @@ from antefix.methods import method_class
 from antefix.methods.base import MethodModule
 from antefix.sites import find_sites
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""Of glibc's mallopt."""
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -87,13 +89,17 @@ def parameters_in_products(model: PreTrainedModel) -> tuple[int, int]:
 def peak_mib(work: Callable[[], object]) -> float:
     """How far a piece of work takes this process's memory above where it stands, in MiB.
 
-    The work is done once before, so that what is kept from then on (code, the model's pages) counts for nothing.
-    Raises BenchmarkError where the system cannot tell (only Linux can).
+    The work is done once before, so that what is kept from then on (code, the model's pages) counts for nothing. From
+    here on this process gives freed memory back at once: the peak is of what is in use, not of holes between that.
+    Raises BenchmarkError where the system cannot tell (only Linux with glibc can).
     """
-    work()
-    gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        for what in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            library.mallopt(what, 65_536)
+        work()
+        gc.collect()
+        library.malloc_trim(0)
         before = _memory_mib("VmRSS")
         _CLEAR.write_text("5", encoding="ascii")
         work()
