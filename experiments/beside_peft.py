@@ -135,7 +135,8 @@ def run_untouched(e2e: Path, arm_name: str, seed: int) -> dict[str, Any]:
         )
     return {
         "arm": arm_name, "seed": seed, "learning_rate": schedule.learning_rate,
-        "pairs_per_step": schedule.pairs_per_step, "pairs_seen_and_dev_loss": _finite(trained(arm, train, dev, schedule)),
+        "pairs_per_step": schedule.pairs_per_step,
+        "pairs_seen_and_dev_loss": _finite(trained(arm, train, dev, schedule)),
     }  # fmt: skip
 
 

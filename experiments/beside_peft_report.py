@@ -94,13 +94,13 @@ def markdown(summary: dict[str, Any]) -> str:
     seen = summary["final"]["ours"]["pairs_seen"]
     finals = [
         [arm, f"{row['parameters']:,}", f"{summary['searched'][arm]['learning_rate']:g}",
-         *(f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, (low, high) in zip(row["mean_dev_loss"], row["range"], strict=True)),
+         *_losses(row),
          " and ".join(f"{b:.4f}" for b in row["bleu"]),
          " and ".join(f"{d['difference']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" for d in row["ours_minus_this"])]
         for arm, row in summary["final"].items()
     ]  # fmt: skip
     untouched = [
-        [arm, *(f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, (low, high) in zip(row["mean_dev_loss"], row["range"], strict=True))]
+        [arm, *_losses(row)]
         for arm, row in summary["untouched"].items()
     ]  # fmt: skip
     sizes = list(next(iter(summary["low"].values())))
@@ -114,7 +114,9 @@ def markdown(summary: dict[str, Any]) -> str:
     after = [f"dev loss at {n}" for n in seen]
     return "\n".join([
         "# Beside PEFT", "", "1,000 E2E pairs, each arm at its searched best; two seeds, their range in brackets:", "",
-        *_table(["arm", "trained values", "learning rate", *after, "test BLEU", "BLEU of ours minus this (95 %)"], finals),
+        *_table(
+            ["arm", "trained values", "learning rate", *after, "test BLEU", "BLEU of ours minus this (95 %)"], finals
+        ),
         "", "Untouched defaults, the same pairs:", "",
         *_table(["arm", *(f"dev loss at {n}" for n in summary["untouched"]["ours"]["pairs_seen"])], untouched),
         "", "Few pairs: BLEU of 100 test inputs, mean and standard deviation of three samples:", "",
@@ -122,6 +124,11 @@ def markdown(summary: dict[str, Any]) -> str:
         "", "WebNLG: BLEU on 100 inputs of categories seen in training, and of unseen ones:", "",
         *_table(["arm", "seen", "unseen"], unseen), "",
     ])  # fmt: skip
+
+
+def _losses(row: dict[str, Any]) -> list[str]:
+    means = zip(row["mean_dev_loss"], row["range"], strict=True)
+    return [f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, (low, high) in means]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -152,7 +159,8 @@ def plot_low(summary: dict[str, Any], path: Path) -> None:
     for arm, row in summary["low"].items():
         axes.errorbar(
             [int(size) for size in row], [cell["mean"] for cell in row.values()],
-            yerr=[cell["standard_deviation"] for cell in row.values()], marker="o", capsize=3, label=arm.replace("_", " "),
+            yerr=[cell["standard_deviation"] for cell in row.values()], marker="o", capsize=3,
+            label=arm.replace("_", " "),
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xticks([50, 100, 200, 500], ["50", "100", "200", "500"])

@@ -111,15 +111,15 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = {
-        "10 pairs a step, bfloat16": ("targets_per_row", lambda u: u["dtype"] == "bfloat16" and u["pairs_per_step"] == 10),
-        "32 pairs a step, bfloat16": ("targets_per_row", lambda u: u["dtype"] == "bfloat16" and u["pairs_per_step"] == 32),
-        "10 pairs a step, 4 targets a row": ("dtype", lambda u: u["pairs_per_step"] == 10 and u["targets_per_row"] == 4),
-    }  # fmt: skip
+        "10 pairs a step, bfloat16": ("targets_per_row", {"dtype": "bfloat16", "pairs_per_step": 10}),
+        "32 pairs a step, bfloat16": ("targets_per_row", {"dtype": "bfloat16", "pairs_per_step": 32}),
+        "10 pairs a step, 4 targets a row": ("dtype", {"pairs_per_step": 10, "targets_per_row": 4}),
+    }
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axes, (title, (by, chosen)) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
         curves: dict[str, list[Any]] = {}
         for unit in found.values():
-            if chosen(unit):
+            if chosen.items() <= unit.items():
                 curves.setdefault(str(unit[by]), []).append(unit["pairs_seen_and_dev_loss"])
         for label, seeds in curves.items():
             seen = [n for n, _ in seeds[0]]

@@ -7,6 +7,7 @@ its peak memory is its own.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -29,7 +30,7 @@ class Worker:
         context.set_forkserver_preload(["torch", "transformers", "antefix.benchmarks.peers", "antefix.training.loop"])
         self._connection, other = context.Pipe()
         self._name = arm.rpartition(":")[2]
-        self._process = context.Process(target=_serve, args=(other, arm, options), daemon=True)
+        self._process = context.Process(target=_serve, args=(other, arm, options, dict(os.environ)), daemon=True)
         self._process.start()
         other.close()
         self._receive()
@@ -66,7 +67,8 @@ class Worker:
         return BenchmarkError(f"the arm {self._name} has ended (code {self._process.exitcode}): was memory short?")
 
 
-def _serve(connection: Connection, arm: str, options: dict[str, Any]) -> None:
+def _serve(connection: Connection, arm: str, options: dict[str, Any], environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # the process that this one was forked from knows the one at its own start
     module, _, name = arm.partition(":")
     try:
         built = getattr(import_module(module), name)(**options)

@@ -50,7 +50,9 @@ def train(
 def generate(
     base: Base = "smollm2-135m",
     data: Data = None,
-    precision: Precision = "float32,bfloat16",
+    precision: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Of float32 and bfloat16; without: both, with --quick float32.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sources decoded together.")] = 16,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
     quick: Quick = False,
@@ -67,8 +69,9 @@ def generate(
     from antefix.benchmarks.decoding import DecodingBench, bench_decoding
 
     settings = DecodingBench(
-        base=base, data=_data(data), precisions=_precisions(precision), batch=batch,
-        rounds=rounds or (3 if quick else 9), quick=quick,
+        base=base, data=_data(data), batch=batch, rounds=rounds or (3 if quick else 9), quick=quick,
+        precisions=_precisions(precision or ("float32" if quick else "float32,bfloat16")),
+        new_tokens=16 if quick else 32,
     )  # fmt: skip
     _run(lambda watch: bench_decoding(settings, watch), out, as_json)
 
