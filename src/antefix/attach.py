@@ -248,7 +248,8 @@ class Attachment:
 
         A rotary base alone may count padding, since nothing there has a place of its own; slots have.
         """
-        if not any(self._shifts) and (kwargs.get("position_ids") is not None or not _padded_on_the_left(kwargs)):
+        as_they_are = kwargs.get("position_ids") is not None or not _padded_on_the_left(kwargs)
+        if not any(self._shifts) and (as_they_are or self._shared_index == BARE):
             return args, kwargs
         ids = kwargs.get("input_ids") if not args else args[0]
         if ids is None:
