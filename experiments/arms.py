@@ -92,40 +92,34 @@ class PeftPrefix:
             yield nn.functional.cross_entropy(scored.float(), batch.label, reduction="sum")
 
 
-class PeftLora:
+class Weights:
+    """Weights of the base itself, or beside them: all that can take packed rows without a prefix."""
+
+    def __init__(self, base: Base, parameters: list[nn.Parameter]) -> None:
+        self._base, self.parameters = base, parameters
+
+    @contextmanager
+    def at_work(self) -> Iterator[Base]:
+        with routed(self._base.model):
+            yield self._base
+
+    def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
+        return packed_losses(base, data, units)
+
+
+def peft_lora(base: Base) -> Weights:
     """PEFT's LoRA at the stored size of the prefix: rank 2 on the query and value projections."""
+    from peft import LoraConfig, get_peft_model
 
-    def __init__(self, base: Base) -> None:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
-        model = get_peft_model(base.model, config)
-        self._base = Base(model.get_base_model(), base.tokenizer, base.name)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-
-    @contextmanager
-    def at_work(self) -> Iterator[Base]:
-        with routed(self._base.model):
-            yield self._base
-
-    def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
-        return packed_losses(base, data, units)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(base.model, config)
+    inner = Base(model.get_base_model(), base.tokenizer, base.name)
+    return Weights(inner, [p for p in model.parameters() if p.requires_grad])
 
 
-class Full:
+def full(base: Base) -> Weights:
     """Every weight of the base."""
-
-    def __init__(self, base: Base) -> None:
-        self._base = base
-        self.parameters = list(base.model.requires_grad_(True).parameters())
-
-    @contextmanager
-    def at_work(self) -> Iterator[Base]:
-        with routed(self._base.model):
-            yield self._base
-
-    def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
-        return packed_losses(base, data, units)
+    return Weights(base, list(base.model.requires_grad_(True).parameters()))
 
 
 WORDS = "Describe the following facts in a natural sentence. The facts:"
@@ -139,8 +133,8 @@ ARMS: dict[str, Callable[[Base], Arm]] = {
     "peft_prefix_projection": lambda base: PeftPrefix(
         base, prefix_projection=True, encoder_hidden_size=base.model.config.hidden_size
     ),
-    "peft_lora": PeftLora,
-    "full": Full,
+    "peft_lora": peft_lora,
+    "full": full,
 }
 
 
