@@ -263,3 +263,17 @@ def test_a_prefix_leaves_the_ratios_between_token_weights_alone(path: str) -> No
     assert bool((with_prefix.sum(-1) < 0.99 * bare.sum(-1)).all()), "the prefix takes weight"
     ratios = [w / w.sum(-1, keepdim=True) for w in (with_prefix, bare)]
     torch.testing.assert_close(ratios[0], ratios[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_slots_that_are_written_into_are_joined_anew(part: int) -> None:
+    """What decoding keeps of slots is not what they were."""
+    c = case([None, None, None], queries=1)
+    slots = [torch.randn(1, 2, 5, D) for _ in range(2)]
+    with torch.no_grad():
+        before = joined(c.query, KeySet(c.key, c.value), [KeySet(slots[0], slots[1])], PLAIN.scale)
+        slots[part].mul_(-2)
+        after = joined(c.query, KeySet(c.key, c.value), [KeySet(slots[0], slots[1])], PLAIN.scale)
+        fresh = joined(c.query, KeySet(c.key, c.value), [KeySet(slots[0].clone(), slots[1].clone())], PLAIN.scale)
+    torch.testing.assert_close(after, fresh)
+    assert (after - before).abs().max() > 0.01

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from antefix.attention.partial import KeySet, Mask, Scores, attend, fused_kernel_fits
+from antefix.attention.partial import KeySet, Mask, Scores, additive_of_slots, attend, fused_kernel_fits
 
 NO_WINDOW = 2**31
 _ROOT = -1
@@ -108,7 +108,7 @@ class Forest:
         ]  # fmt: skip
         masks = gathering.masks
         if any(s.mask is not None for s in slots):
-            additive = torch.cat([_slot_mask(s, num_rows) for s in slots], dim=1)
+            additive = torch.cat([additive_of_slots(s, num_rows) for s in slots], dim=1)
             masks = [_with_slot_mask(m, additive[r.trees if num_rows > 1 else torch.zeros_like(r.trees)])
                      for m, r in zip(masks, self.groups, strict=True)]  # fmt: skip
         out: Tensor = _FusedRuns.apply(gathering, scale, masks, query, key, value, *side_by_side)  # type: ignore[no-untyped-call]
@@ -195,13 +195,6 @@ def _of_trees(slots: KeySet, trees: Tensor) -> KeySet:
 
 def _taken(blind: Tensor | None, trees: Tensor) -> Tensor | None:
     return None if blind is None else blind[trees]
-
-
-def _slot_mask(slots: KeySet, num_rows: int) -> Tensor:
-    """Which of its slots a tree has, additive: (num_rows, P)."""
-    if slots.mask is None:
-        return slots.key_BGSD.new_zeros(num_rows, slots.key_BGSD.shape[2], dtype=torch.float32)
-    return slots.mask.additive[:, 0, 0].float().expand(num_rows, -1)
 
 
 def _with_slot_mask(mask: Tensor, slots_RP: Tensor) -> Tensor:

@@ -298,7 +298,8 @@ def _one_lot(slots: Sequence[KeySet], num_rows: int, scale: float) -> tuple[Tens
     Made once and kept at the first slots' tensor: they stay while an attachment stays as it is.
     """
     first = slots[0].key_BGSD
-    made_for = (len(slots), num_rows, scale, None if first.is_inference() else first._version)
+    versions = tuple(None if x.is_inference() else x._version for x in (first, slots[0].value_BGSE))
+    made_for = (len(slots), num_rows, scale, versions)
     known: tuple[Any, Any] | None = first.__dict__.get(_LOT_ATTRIBUTE)
     if known is not None and known[0] == made_for:
         return known[1]  # type: ignore[no-any-return]
@@ -308,14 +309,15 @@ def _one_lot(slots: Sequence[KeySet], num_rows: int, scale: float) -> tuple[Tens
     )
     mask = None
     if any(s.mask is not None for s in slots):
-        mask = torch.cat([_additive_of_slots(s, num_rows) for s in slots], dim=1)
+        mask = torch.cat([additive_of_slots(s, num_rows) for s in slots], dim=1)
     lot = ((key * scale).transpose(1, 2).contiguous(), value, mask)
     if len(slots) == 1:  # what else is there may be another the next time
         first.__dict__[_LOT_ATTRIBUTE] = (made_for, lot)
     return lot
 
 
-def _additive_of_slots(slots: KeySet, num_rows: int) -> Tensor:
+def additive_of_slots(slots: KeySet, num_rows: int) -> Tensor:
+    """Which of its slots a row has: 0 or -inf, (num_rows, P), float32."""
     if slots.mask is None:
         return slots.key_BGSD.new_zeros(num_rows, slots.key_BGSD.shape[2], dtype=torch.float32)
     return slots.mask.additive[:, 0, 0].float().expand(num_rows, -1)
