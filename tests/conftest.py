@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from antefix.attach import current_attachment
 from antefix.base import Base
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodModule
@@ -181,11 +182,13 @@ def is_output(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 METHOD_CONFIGS: dict[str, dict[str, Any]] = {
+    "infix": {"num_virtual_tokens": 5, "initial": "normal", "initial_scale": 1.0},
     "prefix_tuning": {"num_virtual_tokens": 5, "initial": "normal", "initial_scale": 1.0},
 }
 """For every method of the table a config under which it matters from the start, on any tiny model."""
 
 METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "infix": {"short": {"num_virtual_tokens": 2}, "network": {"parametrisation": "network", "hidden_width": 9}},
     "prefix_tuning": {
         "short": {"num_virtual_tokens": 2},
         "network": {"parametrisation": "network", "hidden_width": 9},
@@ -195,8 +198,24 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 """For every method the changes to METHOD_CONFIGS under which it is swept; the first makes a prefix of another size."""
 
 
+NOT_ON = {"infix": ENCODER_ONLY}
+"""Architectures that a method is not for."""
+
+SOURCE_COLUMNS = 5
+"""Of the rows of `tiny_batch`, padding included, for methods that tell sources from targets."""
+
+
+def tell_sources(base: Base, columns: int | Sequence[int] = SOURCE_COLUMNS) -> None:
+    """Tell what is attached where the sources end."""
+    attachment = current_attachment(base.model)
+    if attachment is not None:
+        attachment.source_lengths = columns
+
+
 def tiny_method(base: Base, method: str = "prefix_tuning", seed: int = 1, **config: Any) -> MethodModule:
-    """A random prefix under a method, trainable; `config` changes METHOD_CONFIGS."""
+    """A random prefix under a method, trainable; `config` changes METHOD_CONFIGS. Skips what is not for the base."""
+    if base.name.removeprefix("tiny-") in NOT_ON.get(method, ()):
+        pytest.skip(f"{method} is not for {base.name}")
     torch.manual_seed(seed)
     found = method_class(method)
     return found.build(base, found.Config.model_validate({**METHOD_CONFIGS[method], **config}))

@@ -204,8 +204,9 @@ class TestLabels:
         assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
         assert batch.label.tolist() == [*first, *second]
         assert batch.positions[batch.row].tolist() == [2, 3, 4, 2, 5]
-        parents, _window = batch.inputs["attention_mask"][0, 0].tolist()
+        parents, _window, is_target = batch.inputs["attention_mask"][0, 0].tolist()
         assert parents == [-1, 0, 1, 2, 3, 2]
+        assert is_target == [0, 0, 1, 1, 1, 1], "the source's last token predicts a target's first"
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODER)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, DECODER_ONLY, ENCODER_DECODER, tiny_base, tiny_batch, tiny_method, tiny_pair
+from conftest import CONTEXT, DECODER_ONLY, ENCODER_DECODER, tell_sources, tiny_base, tiny_batch, tiny_method, tiny_pair
 from torch import Tensor, nn
 
 from antefix.attach import Attachment, attached
@@ -36,7 +36,9 @@ def prompts(base: Base) -> dict[str, Tensor]:
 
 def written(base: Base, batch: dict[str, Tensor], **options: Any) -> Tensor:
     """The new tokens of transformers' `generate`: NEW unlike ones, since tiny models like to repeat themselves."""
+    tell_sources(base, batch["input_ids"].shape[1])
     unlike = {"max_new_tokens": NEW, "min_new_tokens": NEW, "no_repeat_ngram_size": 1}
+    unlike["suppress_tokens"] = [base.model.config.pad_token_id]  # a padded row would not repeat its padding either
     arguments = {"do_sample": False, **unlike, **options}
     with torch.no_grad():
         return base.model.generate(**batch, **arguments)[:, -NEW:]  # type: ignore[operator]
@@ -46,6 +48,7 @@ def by_full_passes(base: Base, batch: dict[str, Tensor]) -> Tensor:
     """Greedy, the whole text anew for every token, no cache at all."""
     model = base.model
     ids = batch["input_ids"]
+    tell_sources(base, ids.shape[1])
     if model.config.is_encoder_decoder:
         ids = torch.full((len(ids), 1), model.config.decoder_start_token_id)
     for _ in range(NEW):
@@ -59,7 +62,7 @@ def by_full_passes(base: Base, batch: dict[str, Tensor]) -> Tensor:
             given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
         with torch.no_grad():
             scores = model(**given, use_cache=False).logits[:, -1]
-        scores[:, model.config.eos_token_id] = -torch.inf
+        scores[:, [model.config.eos_token_id, model.config.pad_token_id]] = -torch.inf
         scores.scatter_(1, ids, -torch.inf)
         ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
     return ids[:, -NEW:]

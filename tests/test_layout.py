@@ -18,7 +18,7 @@ LAYERS = [
     {"doctor", "interop", "training", "bank", "generated_file"},
     {"generation"},
     {"attach"},
-    {"prefix"},
+    {"prefix", "stacking", "forward_call"},
     {"methods"},
     {"parts"},
     {"rotary"},

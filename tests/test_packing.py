@@ -6,12 +6,13 @@ The rows are longer than the windows of Mistral and Gemma (4 tokens), sources an
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import cast
 
 import pytest
 import torch
-from conftest import DECODER_ONLY, VOCABULARY, tiny_model
-from torch import Tensor
+from conftest import DECODER_ONLY, VOCABULARY, tiny_method, tiny_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from antefix.attach import attached
@@ -19,10 +20,13 @@ from antefix.attention.hook import routed
 from antefix.base import Base
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit, all_units
+from antefix.methods.base import MethodModule
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.initial import Positions
 from antefix.training.batch import Batch, packed_batch, padded_batch
+from antefix.training.feed import Feed
 from antefix.training.head import label_logits
+from antefix.training.kept_sources import KeptSources
 from antefix.training.objectives import pair_losses
 
 WINDOWED = ("mistral", "gemma2", "gemma3")
@@ -56,13 +60,17 @@ def prefix_for(model: PreTrainedModel, positions: Positions) -> PrefixTuning:
     return PrefixTuning.build(base, config)
 
 
+def infix_for(model: PreTrainedModel) -> MethodModule:
+    return tiny_method(Base(model, cast(PreTrainedTokenizerBase, None), "tiny"), "infix")
+
+
 def losses_of(model: PreTrainedModel, batch: Batch) -> Tensor:
     """As in training, where attention goes through ours."""
     with routed(model):
         return pair_losses(model, batch)
 
 
-def gradients(model: PreTrainedModel, batch: Batch, prefix: PrefixTuning | None) -> tuple[Tensor, list[Tensor]]:
+def gradients(model: PreTrainedModel, batch: Batch, prefix: nn.Module | None) -> tuple[Tensor, list[Tensor]]:
     """Losses, and the gradients of a sum that weighs every pair differently."""
     learned = [model.get_input_embeddings().weight] if prefix is None else list(prefix.parameters())
     losses = losses_of(model, batch)
@@ -70,16 +78,20 @@ def gradients(model: PreTrainedModel, batch: Batch, prefix: PrefixTuning | None)
     return losses.detach(), list(torch.autograd.grad((losses * weights).sum(), learned))
 
 
-@pytest.mark.parametrize("positions", [None, "in_place", "shifted"])
+@pytest.mark.parametrize("kind", ["bare", "in_place", "shifted", "for targets"])
 @pytest.mark.parametrize(
     ("name", "attention"),
     # Gemma 2 caps its scores, which transformers' SDPA cannot.
     [(n, a) for n in DECODER_ONLY for a in ("eager", "sdpa") if (n, a) != ("gemma2", "sdpa")],
 )
-def test_packed_rows_are_padded_rows(name: str, positions: Positions | None, attention: str) -> None:
+def test_packed_rows_are_padded_rows(name: str, kind: str, attention: str) -> None:
     model = tiny_model(name)
     model.set_attn_implementation(attention)
-    prefix = None if positions is None else prefix_for(model.requires_grad_(False), positions)
+    prefix: MethodModule | None = None
+    if kind == "for targets":
+        prefix = infix_for(model.requires_grad_(False))
+    elif kind != "bare":
+        prefix = prefix_for(model.requires_grad_(False), kind)
     units = all_units(DATA, targets_per_row=4)
     with nullcontext() if prefix is None else attached(model, prefix):
         packed, packed_gradients = gradients(model, packed_batch(DATA, units, model), prefix)
@@ -89,6 +101,40 @@ def test_packed_rows_are_padded_rows(name: str, positions: Positions | None, att
     assert largest > 1e-3, "nothing would be compared"
     for ours, theirs in zip(packed_gradients, padded_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_kept_sources_are_sources_that_are_fed(name: str, dtype: torch.dtype) -> None:
+    """And each is read once, by the bare base, whatever comes in between."""
+    model = tiny_model(name, dtype).requires_grad_(False)
+    if hasattr(model.config, "sliding_window"):
+        model.config.sliding_window = 40
+    module, units = infix_for(model), all_units(DATA, targets_per_row=2)
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.1}
+    with attached(model, module) as attachment:
+        fed = Feed(model, DATA, "packed", 1024)
+        kept = replace(fed, kept=KeptSources(model, attachment, DATA, tokens_per_batch=12))
+        num_read = 0
+
+        def count(module: nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
+            nonlocal num_read
+            mask = kwargs["attention_mask"]
+            if isinstance(mask, Tensor) and mask.ndim == 2:  # no forest: a source that is read
+                num_read += int(mask.sum())
+
+        handle = model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+        for part in (units[:3], units, units[2:]):
+            wanted, wanted_gradients = gradients(model, fed.batch(part), module)
+            batch = kept.batch(part)
+            assert batch.num_tokens < fed.batch(part).num_tokens
+            losses, found = gradients(model, batch, module)
+            torch.testing.assert_close(losses, wanted, **near)
+            largest = max(float(g.abs().max()) for g in wanted_gradients)
+            for one, other in zip(found, wanted_gradients, strict=True):
+                torch.testing.assert_close(one, other, rtol=near["rtol"], atol=near["atol"] * largest)
+        handle.remove()
+    assert num_read == sum(len(e.source) - 1 for e in DATA.examples)
 
 
 @pytest.mark.parametrize("name", WINDOWED)

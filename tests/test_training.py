@@ -39,13 +39,13 @@ def examples(count: int = 6) -> list[Example]:
     ]
 
 
-def prepared(base: Base, **training: object) -> Prepared:
+def prepared(base: Base, method: str = "prefix_tuning", **training: object) -> Prepared:
     short = {"max_steps": 6, "pairs_per_step": 4, "targets_per_row": 2, "evaluations": 2, "tokens_per_batch": 120}
     return prepare(
         base,
         examples(),
         examples(2),
-        method="prefix_tuning",
+        method=method,
         config={"num_virtual_tokens": 3, "initial_text": "say it"},
         text_format=None,
         decoding=None,

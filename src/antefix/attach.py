@@ -15,7 +15,7 @@ Axes: N attached prefixes, B rows, P slots, G key/value heads, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,19 +24,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from antefix.attention.forest import Forest, forest_of, is_forest
 from antefix.attention.hook import HookedModel, put_slots
-from antefix.attention.partial import KeySet, Mask
+from antefix.attention.partial import KeySet
 from antefix.errors import BaseModelError, PrefixError
+from antefix.forward_call import counted_positions, forest_in, num_cached, padded_on_the_left, tokens_of
 from antefix.methods.base import MethodModule
 from antefix.parts.key_value import KeyValue
 from antefix.prefix import Prefix
-from antefix.sites import Site, find_sites
+from antefix.sites import find_sites
+from antefix.stacking import check_fits, stacked
 
 BARE = -1
 """The row index of a row without a prefix."""
 
 _SUBMODULE = "antefix"
+_NO_LABEL = -100
+"""As transformers' models mark tokens that carry no loss."""
 _STACK_ATTRIBUTE = "antefix_attachments"
 
 
@@ -82,6 +85,21 @@ def current_attachment(model: nn.Module) -> Attachment | None:
     return stack[-1] if stack else None
 
 
+@contextmanager
+def sources_end(model: nn.Module, lengths: int | Tensor | None) -> Iterator[None]:
+    """For the length of a block what is attached to a model knows where the sources end (None: from elsewhere)."""
+    attachment = current_attachment(model)
+    if attachment is None:
+        yield
+        return
+    before = attachment.source_lengths
+    attachment.source_lengths = lengths
+    try:
+        yield
+    finally:
+        attachment.source_lengths = before
+
+
 def _stack(model: nn.Module) -> list[Attachment]:
     """What is attached to a model, the latest last. It lives in the model, so that it dies with it."""
     stack: list[Attachment] = model.__dict__.setdefault(_STACK_ATTRIBUTE, [])
@@ -112,6 +130,11 @@ class Attachment:
                 "a prefix with shifted positions needs a base that takes position_ids and counts them from 0"
             )
         self._relative = sites.positions == "relative"
+        # The decoder of an encoder-decoder reads targets and nothing else.
+        self._for_targets = [m.for_targets and not sites.is_encoder_decoder for m in modules]
+        self._source_lengths: Tensor | None = None
+        self._is_target: Tensor | None = None
+        self._knows_targets = False
         # Learned positions end; an index beyond them is an error without a name, on a GPU a crash.
         longest = getattr(model.config, "max_position_embeddings", None)
         self._last_position = longest - 1 if longest and sites.positions == "absolute" else None
@@ -120,7 +143,7 @@ class Attachment:
             slots = self._made_slots()
         for site in sites.attention:
             for module_slots in slots:
-                _check_fits(site, module_slots.get(site.name))
+                check_fits(site, module_slots.get(site.name))
         names = dict(model.named_modules())
         self._at_site = {
             names[site.module]: SiteStack(self, site.name)
@@ -155,6 +178,23 @@ class Attachment:
         self._rows = rows
         self._forget_gathered()
 
+    @property
+    def source_lengths(self) -> Tensor | None:
+        """Where the sources end, for prefixes that targets alone see: columns of source, padding before it included.
+
+        One number for all rows or one a row, repeated for beams as `rows` is. A source's last token is the first that
+        sees such a prefix, since it predicts the first token of the target. None: as the `labels` of a batch say, where
+        it has some. `antefix.generate` and training set it; before a `generate` of the model's own set it to the
+        width of the prompts.
+        """
+        return self._source_lengths
+
+    @source_lengths.setter
+    def source_lengths(self, lengths: int | Sequence[int] | Tensor | None) -> None:
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, dtype=torch.long, device=self._model.device).reshape(-1)
+        self._source_lengths = lengths
+
     def rows_of(self, num_rows: int) -> Tensor | int:
         """The index of every row of a batch, or one index if all rows share it."""
         if self._rows is None:
@@ -166,6 +206,19 @@ class Attachment:
         if self._shared_index is not None:
             return self._shared_index
         return self._rows.repeat_interleave(num_rows // len(self._rows))
+
+    def is_target(self) -> Tensor | None:
+        """Which queries of the running forward pass are a target's: (B or 1, T), None for all. Raises PrefixError."""
+        if not self._knows_targets:
+            raise PrefixError(
+                "a prefix that targets alone see must be told where the sources end: give `labels`, or set "
+                "attachment.source_lengths to the number of source columns (for `generate`: the width of the prompts)"
+            )
+        return self._is_target
+
+    def is_for_targets(self, index: int) -> bool:
+        """Whether targets alone see this attached prefix."""
+        return self._for_targets[index]
 
     def slots_of(self, site: str) -> list[KeyValue | None]:
         """The slots every attached prefix has at a site."""
@@ -207,10 +260,11 @@ class Attachment:
             put_slots(module, stack)
         if self._trainable:
             self._model.add_module(_SUBMODULE, nn.ModuleList(self._modules))
-            # Whatever is called first (the model, its encoder alone) opens a forward pass with fresh slots.
+        if self._trainable or any(self._for_targets):
+            # Whatever is called first (the model, its encoder alone) opens a forward pass.
             for module in self._model.modules():
                 if isinstance(module, PreTrainedModel):
-                    self._handles.append(module.register_forward_pre_hook(self._enter))
+                    self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                     self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         if any(self._shifts) or self._relative:
             self._handles.append(self._model.register_forward_pre_hook(self._place_tokens, with_kwargs=True))
@@ -232,12 +286,34 @@ class Attachment:
         for stack in self._at_site.values():
             stack.forget()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         # A module that is entered again was left by an interrupt, which calls no hook.
         if self._outermost in (None, module):
             self._outermost = module
             # Made now, not at the first site: layers that recompute in the backward pass then find the same tensors.
-            self._live = self._made_slots()
+            if self._trainable:
+                self._live = self._made_slots()
+            if any(self._for_targets):
+                self._knows_targets, self._is_target = self._found_targets(args, kwargs)
+
+    def _found_targets(self, args: Any, kwargs: dict[str, Any]) -> tuple[bool, Tensor | None]:
+        """Whether it is known which tokens of this forward pass are a target's, and which (None: all)."""
+        num_rows, length = tokens_of(args, kwargs).shape[:2]
+        labels: Tensor | None = kwargs.get("labels")
+        if self._source_lengths is None:
+            if labels is None:
+                return False, None
+            has_label = labels.ne(_NO_LABEL)
+            first_B = torch.where(has_label.any(dim=1), has_label.int().argmax(dim=1), length)
+        else:
+            if num_rows % len(self._source_lengths):
+                raise PrefixError(
+                    f"the batch has {num_rows} rows, attachment.source_lengths has {len(self._source_lengths)}"
+                )
+            first_B = self._source_lengths.repeat_interleave(num_rows // len(self._source_lengths))
+        column_T = torch.arange(length, device=first_B.device) + num_cached(kwargs)
+        is_target = column_T >= first_B[:, None] - 1
+        return True, None if bool(is_target.all()) else is_target
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._outermost is module:
@@ -248,22 +324,20 @@ class Attachment:
 
         A rotary base alone may count padding, since nothing there has a place of its own; slots have.
         """
-        as_they_are = kwargs.get("position_ids") is not None or not _padded_on_the_left(kwargs)
+        as_they_are = kwargs.get("position_ids") is not None or not padded_on_the_left(kwargs)
         if not any(self._shifts) and (as_they_are or self._shared_index == BARE):
             return args, kwargs
-        ids = kwargs.get("input_ids") if not args else args[0]
-        if ids is None:
-            ids = kwargs["inputs_embeds"]
+        ids = tokens_of(args, kwargs)
         num_rows, length = ids.shape[:2]
         shifts = torch.tensor([*self._shifts, 0], device=ids.device)  # the last one serves index -1
-        forest = _forest_in(kwargs)
+        forest = forest_in(kwargs)
         if forest is None:
             shift = shifts[self.rows_of(num_rows)].expand(num_rows)[:, None]
         else:
             shift = shifts[self.rows_of(forest.num_trees)].expand(forest.num_trees)[forest.tree_of_token]
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = _counted_positions(kwargs, length, ids.device)
+            positions = counted_positions(kwargs, length, ids.device)
         positions = positions + shift
         if self._last_position is not None and (last := int(positions.max())) > self._last_position:
             raise PrefixError(
@@ -294,68 +368,25 @@ class SiteStack:
             self._kept = (num_rows, sets)
         return sets
 
+    def is_target(self, num_queries: int) -> Tensor | None:
+        """Which queries are a target's, (B or 1, T); None for all. Raises PrefixError where that is not known."""
+        is_target = self._attachment.is_target()
+        if is_target is not None and is_target.shape[1] != num_queries:
+            raise PrefixError(f"the batch has {is_target.shape[1]} tokens a row, attention has {num_queries} queries")
+        return is_target
+
     def _gather(self, num_rows: int) -> list[KeySet]:
-        index = self._attachment.rows_of(num_rows)
-        every = self._attachment.slots_of(self._site)
+        attachment = self._attachment
+        index = attachment.rows_of(num_rows)
+        every = attachment.slots_of(self._site)
         if isinstance(index, int):
             slots = None if index == BARE else every[index]
-            return [] if slots is None else [KeySet(slots.key_GPD[None], slots.value_GPE[None])]
-        return _stacked(every, index)
-
-
-def _stacked(every: list[KeyValue | None], index_B: Tensor) -> list[KeySet]:
-    """Slots of different lengths side by side, row by row, with a mask over what a row does not have."""
-    used_U, place_B = torch.unique(index_B, return_inverse=True)
-    slots_U = [None if n == BARE else every[n] for n in used_U.tolist()]
-    some = next((s for s in slots_U if s is not None), None)
-    if some is None:
-        return []
-    counts_U = torch.tensor([0 if s is None else s.key_GPD.shape[1] for s in slots_U], device=index_B.device)
-    longest = int(counts_U.max())
-    key, value = (
-        torch.stack([_padded(None if s is None else s[part], some[part], longest) for s in slots_U])[place_B]
-        for part in (0, 1)
-    )
-    visible_B11P = (torch.arange(longest, device=index_B.device) < counts_U[place_B][:, None])[:, None, None]
-    return [KeySet(key, value, None if bool(visible_B11P.all()) else Mask.of(visible_B11P, key.dtype))]
-
-
-def _check_fits(site: Site, slots: KeyValue | None) -> None:
-    """A module made for another base would fail deep inside, or worse, broadcast."""
-    if slots is None:
-        return
-    G, D, E = site.num_key_value_heads, site.key_width, site.value_width
-    (g, p, d), (g2, p2, e) = slots.key_GPD.shape, slots.value_GPE.shape
-    if (g, d, g2, p2, e) != (G, D, G, p, E):
-        raise PrefixError(
-            f"the prefix has slots for {g} key/value heads of width {d} at {site.name}, this base has {G} of width "
-            f"{D}: load the base it was trained on"
-        )
-
-
-def _padded(slots_GPD: Tensor | None, like_GPD: Tensor, longest: int) -> Tensor:
-    if slots_GPD is None:
-        return like_GPD.new_zeros(like_GPD.shape[0], longest, like_GPD.shape[2])
-    return nn.functional.pad(slots_GPD, (0, 0, 0, longest - slots_GPD.shape[1]))
-
-
-def _forest_in(kwargs: dict[str, Any]) -> Forest | None:
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Mapping):  # one for each kind of layer, all of the same trees
-        mask = next(iter(mask.values()))
-    return forest_of(mask) if isinstance(mask, Tensor) and is_forest(mask) else None
-
-
-def _padded_on_the_left(kwargs: dict[str, Any]) -> bool:
-    mask = kwargs.get("attention_mask")
-    return isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all())
-
-
-def _counted_positions(kwargs: dict[str, Any], length: int, device: torch.device) -> Tensor:
-    """Positions as generation counts them: from the mask where there is one, else after what is cached."""
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    cache = kwargs.get("past_key_values")
-    past = 0 if cache is None else int(cache.get_seq_length())
-    return torch.arange(past, past + length, device=device)[None]
+            if slots is None:
+                return []
+            return [KeySet(slots.key_GPD[None], slots.value_GPE[None], for_targets=attachment.is_for_targets(index))]
+        of_role = [
+            [s if attachment.is_for_targets(n) == for_targets else None for n, s in enumerate(every)]
+            for for_targets in (False, True)
+        ]
+        seen_by_all, seen_by_targets = (stacked(some, index) for some in of_role)
+        return [*seen_by_all, *(s._replace(for_targets=True) for s in seen_by_targets)]

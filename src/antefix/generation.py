@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from antefix.attach import current_attachment
+from antefix.attach import current_attachment, sources_end
 from antefix.base import Base
 from antefix.data.example import Example, Source, Table, Triples
 from antefix.data.linearise import TextFormat, default_format
@@ -192,7 +192,7 @@ def _generate_batch(base: Base, ids: list[list[int]], arguments: dict[str, Any])
         # A decoder goes on at the right end, so padding stands on the left; an encoder does not care.
         padded.append(row + [pad] * gap if is_encoder_decoder else [pad] * gap + row)
         mask.append([1] * len(row) + [0] * gap if is_encoder_decoder else [0] * gap + [1] * len(row))
-    with torch.no_grad():
+    with torch.no_grad(), sources_end(base.model, longest):
         out = base.model.generate(  # type: ignore[operator]
             input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device), **arguments
         )

@@ -6,8 +6,10 @@ token costs what the tokens cost. Only attention needs rows, and takes them apar
 that follow each other; its queries look at one row of keys, the run's ancestors and the run itself. Runs of like
 lengths are computed together.
 
-The forest travels through the model in the place of a mask, as whole numbers of shape (1, 1, 2, T): the parents (-1
-where a tree begins), and the window (how many tokens back a token sees, itself counted).
+The forest travels through the model in the place of a mask, as whole numbers of shape (1, 1, 3, T): the parents (-1
+where a tree begins), the window (how many tokens back a token sees, itself counted), and whether a token is a target's
+(1) or stands in the source (0). What stands before the trees and was computed once and for all can be planted under
+them (`plant`): keys and values that every token of a tree sees.
 
 Two forms, equal in value and gradient: `_attend_runs` goes through `attend`, `_FusedRuns` keeps less and copies less.
 
@@ -17,7 +19,7 @@ G key/value heads, D key width, E value width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +34,13 @@ _ROOT = -1
 _ATTRIBUTE = "antefix_forest"
 
 
-def forest_mask(parents: Sequence[int], window: int | None) -> Tensor:
-    """What a model is given as `attention_mask` for these tokens: parents come before their children."""
-    return torch.tensor([parents, [window or NO_WINDOW] * len(parents)])[None, None]
+def forest_mask(parents: Sequence[int], window: int | None, is_target: Sequence[bool] | None = None) -> Tensor:
+    """What a model is given as `attention_mask` for these tokens: parents come before their children.
+
+    is_target: which tokens see what only targets see; None: all.
+    """
+    roles = [True] * len(parents) if is_target is None else is_target
+    return torch.tensor([parents, [window or NO_WINDOW] * len(parents), roles])[None, None]
 
 
 def is_forest(mask: Tensor | None) -> bool:
@@ -50,6 +56,14 @@ def forest_of(mask: Tensor) -> Forest:
     return forest
 
 
+def plant(mask: Tensor, keys: Mapping[Any, KeySet]) -> None:
+    """Put keys and values under the trees of a forest: what stands before a tree's first token in its text.
+
+    keys: for every attention module one set of N rows, tree by tree. They are constants.
+    """
+    forest_of(mask).planted.update(keys)
+
+
 @dataclass(frozen=True)
 class Forest:
     """Runs in groups of like lengths."""
@@ -57,10 +71,15 @@ class Forest:
     groups: list[Runs]
     tree_of_token: Tensor
     """(T,)"""
+    is_target: Tensor
+    """(T,)"""
     place_of_token: Tensor
     """(T,) where a token's query stands when all groups' queries (R times Q) are laid end to end."""
     num_trees: int
+    planted: dict[Any, KeySet] = field(default_factory=dict)
+    """By attention module: what stands before the trees, N rows; see `plant`."""
     _gatherings: dict[tuple[int, bool, int, int], _Gathering] = field(default_factory=dict)
+    _latest_masks: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mask: Tensor) -> Forest:
@@ -79,7 +98,7 @@ class Forest:
             real = group.is_query.flatten()
             place[flat[real]] = start + real.nonzero().squeeze(1)
             start += len(flat)
-        return cls(made, torch.tensor(trees, device=mask.device), place, trees[-1] + 1)
+        return cls(made, torch.tensor(trees, device=mask.device), mask[0, 0, 2].bool(), place, trees[-1] + 1)
 
     def attend(self, query_1HTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
         """Attention of every token over what it sees and over its tree's slots: 1, H, T, E.
@@ -106,13 +125,35 @@ class Forest:
             torch.cat([x.expand(num_rows, -1, -1, -1) for x in parts], dim=2).transpose(1, 2).float()
             for parts in ([s.key_BGSD for s in slots], [s.value_BGSE for s in slots]) if parts
         ]  # fmt: skip
-        masks = gathering.masks
-        if any(s.mask is not None for s in slots):
-            additive = torch.cat([additive_of_slots(s, num_rows) for s in slots], dim=1)
-            masks = [_with_slot_mask(m, additive[r.trees if num_rows > 1 else torch.zeros_like(r.trees)])
-                     for m, r in zip(masks, self.groups, strict=True)]  # fmt: skip
+        masks = self._masks(gathering, made_for, slots, num_rows)
         out: Tensor = _FusedRuns.apply(gathering, scale, masks, query, key, value, *side_by_side)  # type: ignore[no-untyped-call]
         return out
+
+    def _masks(
+        self, gathering: _Gathering, made_for: tuple[int, bool, int, int], slots: Sequence[KeySet], num_rows: int
+    ) -> list[Tensor]:
+        """The gathering's, and what queries do not see of these slots; made once for layers with like slots."""
+        if all(s.mask is None and not s.for_targets for s in slots):
+            return gathering.masks
+        key = (made_for, *((s.mask, s.for_targets, s.key_BGSD.shape[2]) for s in slots))
+        if key not in self._latest_masks:
+            self._latest_masks.clear()
+            heads = made_for[3]
+            self._latest_masks[key] = [
+                _with_slot_mask(mask, torch.cat([self._seen_slots(s, runs, num_rows, heads) for s in slots], dim=-1))
+                for mask, runs in zip(gathering.masks, self.groups, strict=True)
+            ]
+        return self._latest_masks[key]
+
+    def _seen_slots(self, slots: KeySet, runs: Runs, num_rows: int, heads: int) -> Tensor:
+        """0 or -inf, (R, 1, Q * heads, P)."""
+        (R, Q), P = runs.queries.shape, slots.key_BGSD.shape[2]
+        trees = runs.trees if num_rows > 1 else torch.zeros_like(runs.trees)
+        seen = additive_of_slots(slots, num_rows)[trees][:, None, None].expand(R, 1, Q * heads, P)
+        if slots.for_targets:
+            is_source = ~self.is_target[runs.queries].repeat_interleave(heads, dim=1)
+            seen = seen.masked_fill(is_source[:, None, :, None], -torch.inf)
+        return seen
 
     def _attend_runs(
         self, query: Tensor, key: Tensor, value: Tensor, slots: Sequence[KeySet], scores: Scores
@@ -120,8 +161,9 @@ class Forest:
         outs = []
         for group in self.groups:
             rows = [x[i].transpose(1, 2) for x, i in ((query, group.queries), (key, group.keys), (value, group.keys))]
-            mask = Mask(group.additive.to(query.dtype), None)
-            out = attend(rows[0], KeySet(rows[1], rows[2], mask), [_of_trees(s, group.trees) for s in slots], scores)
+            mask, is_target = Mask(group.additive.to(query.dtype), None), self.is_target[group.queries]
+            seen = [_of_trees(s, group.trees).seen_by(is_target) for s in slots]
+            out = attend(rows[0], KeySet(rows[1], rows[2], mask), seen, scores)
             outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs)[self.place_of_token]
 
@@ -190,16 +232,16 @@ def _of_trees(slots: KeySet, trees: Tensor) -> KeySet:
     if slots.key_BGSD.shape[0] == 1:
         return slots
     mask = None if slots.mask is None else Mask(slots.mask.additive[trees], _taken(slots.mask.blind, trees))
-    return KeySet(slots.key_BGSD[trees], slots.value_BGSE[trees], mask)
+    return slots._replace(key_BGSD=slots.key_BGSD[trees], value_BGSE=slots.value_BGSE[trees], mask=mask)
 
 
 def _taken(blind: Tensor | None, trees: Tensor) -> Tensor | None:
     return None if blind is None else blind[trees]
 
 
-def _with_slot_mask(mask: Tensor, slots_RP: Tensor) -> Tensor:
+def _with_slot_mask(mask: Tensor, slots_R1QP: Tensor) -> Tensor:
     mask = mask.clone()
-    mask[..., : slots_RP.shape[1]] = slots_RP[:, None, None]
+    mask[..., : slots_R1QP.shape[-1]] = slots_R1QP
     return mask
 
 

@@ -40,6 +40,10 @@ class SiteSlots(Protocol):
         """The slots that the rows see, as precise as they are kept; empty when no row carries a prefix."""
         ...
 
+    def is_target(self, num_queries: int) -> Tensor | None:
+        """Which queries are a target's, (B or 1, T), None for all; asked where some slots are for targets alone."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class RecordedCall:
@@ -137,9 +141,14 @@ def _attention(base_name: str) -> Callable[..., Any]:
             forest = forest_of(attention_mask)
             tokens = KeySet(key, value)
             sets = [] if slots is None else slots.key_sets(forest.num_trees)
+            if module in forest.planted:
+                sets = [*sets, forest.planted[module]]
             out = forest.attend(query, tokens, sets, _scores(module, query, tokens, kwargs))
             return out.transpose(1, 2).contiguous(), None
         sets = [] if slots is None else slots.key_sets(query.shape[0])
+        if slots is not None and any(s.for_targets for s in sets):
+            is_target = slots.is_target(query.shape[2])
+            sets = [s.seen_by(is_target) for s in sets]
         if not sets:
             base = _base_function(base_name, module)
             return base(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]

@@ -36,9 +36,21 @@ class KeySet(NamedTuple):
     """None: every query sees every key."""
     is_causal: bool = False
     """Query t sees keys 0..t; only with `mask=None` and as many keys as queries."""
+    for_targets: bool = False
+    """Only queries of targets see these keys; `seen_by` makes that a mask."""
+
+    def seen_by(self, is_target_BT: Tensor | None) -> KeySet:
+        """The same keys as these queries see them (None: all are a target's)."""
+        if not self.for_targets or is_target_BT is None:
+            return self._replace(for_targets=False)
+        visible = is_target_BT[:, None, :, None]
+        if self.mask is not None:
+            visible = visible & (self.mask.additive > -torch.inf)
+        visible = visible.expand(-1, -1, -1, self.key_BGSD.shape[2])
+        return self._replace(mask=Mask.of(visible, self.key_BGSD.dtype), for_targets=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     """Which query sees which key, made once for all layers of a forward pass.
 
@@ -135,7 +147,7 @@ def _is_by_row(mask: Mask | None) -> bool:
 
 def _in_precision(keys: KeySet, dtype: torch.dtype) -> KeySet:
     mask = None if keys.mask is None else Mask(keys.mask.additive.to(dtype), keys.mask.blind)
-    return KeySet(keys.key_BGSD.to(dtype), keys.value_BGSE.to(dtype), mask, keys.is_causal)
+    return keys._replace(key_BGSD=keys.key_BGSD.to(dtype), value_BGSE=keys.value_BGSE.to(dtype), mask=mask)
 
 
 def _side_by_side(query_BHTD: Tensor, sets: Sequence[KeySet]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

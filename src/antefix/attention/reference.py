@@ -9,7 +9,7 @@ Axes: T queries, S keys, P slots, D key width, E value width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,10 +36,12 @@ def attention(
     softcap: float | None = None,
     position_bias_HTS: Tensor | None = None,
     sink_logits_H: Tensor | None = None,
+    slots_seen_from: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention with a prefix of its own for every row.
 
-    visible: True where a query sees a token; slots are seen by every query.
+    visible: True where a query sees a token. slots_seen_from: in every row the first query that sees its slots; None:
+    every query does.
     Returns B, H, T, E in float64; a query that sees nothing gets 0.
     """
     B, H, _, _ = query_BHTD.shape
@@ -59,7 +61,11 @@ def attention(
             scores, values = scores_TS.masked_fill(~visible_BTS[b], -torch.inf), v_SE
             row_slots = slots[b]
             if row_slots is not None:
-                scores = torch.cat([cap(q_TD @ row_slots[0][g].double().T * scale), scores], dim=1)
+                of_slots = cap(q_TD @ row_slots[0][g].double().T * scale)
+                if slots_seen_from is not None:
+                    sees_no_slot = torch.arange(len(q_TD), device=q_TD.device) < slots_seen_from[b]
+                    of_slots = of_slots.masked_fill(sees_no_slot[:, None], -torch.inf)
+                scores = torch.cat([of_slots, scores], dim=1)
                 values = torch.cat([row_slots[1][g].double(), v_SE])
             if sink_logits_H is not None:
                 scores = torch.cat([scores, sink_logits_H[h].double().expand(len(scores), 1)], dim=1)
@@ -72,7 +78,9 @@ def attention(
 
 
 @contextmanager
-def at_work(model: PreTrainedModel, slots: Mapping[str, RowSlots]) -> Iterator[None]:
+def at_work(
+    model: PreTrainedModel, slots: Mapping[str, RowSlots], slots_seen_from: Sequence[int] | None = None
+) -> Iterator[None]:
     """Inside, the model attends by `attention`, with these slots at the modules of these paths."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
@@ -81,7 +89,7 @@ def at_work(model: PreTrainedModel, slots: Mapping[str, RowSlots]) -> Iterator[N
         for config in configs.values():
             config._attn_implementation = _NAME
         for module, row_slots in zip(modules, slots.values(), strict=True):
-            module.__dict__[_ATTRIBUTE] = row_slots
+            module.__dict__[_ATTRIBUTE] = {"slots": row_slots, "slots_seen_from": slots_seen_from}
         yield
     finally:
         for config, name in before:
@@ -99,7 +107,7 @@ def _for_transformers(
         visible = visible & (mask[:, 0, :, :num_keys] == 0)
     bias, scaling = kwargs.get("position_bias"), kwargs.get("scaling")
     out = attention(
-        query, key, value, visible, module.__dict__.get(_ATTRIBUTE, [None] * num_rows),
+        query, key, value, visible, **module.__dict__.get(_ATTRIBUTE, {"slots": [None] * num_rows}),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=kwargs.get("softcap"),
         position_bias_HTS=None if bias is None else bias[0, :, :, :num_keys], sink_logits_H=kwargs.get("s_aux"),
     )  # fmt: skip

@@ -23,6 +23,8 @@ class EncodedExample:
 
     source: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
+    num_before: int = 0
+    """Tokens of the source that stand before these, read already and kept (see `antefix.training.kept_sources`)."""
 
 
 @dataclass(frozen=True, slots=True)

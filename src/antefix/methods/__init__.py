@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from antefix.methods.base import MethodModule
 
 METHODS: dict[str, str] = {
+    "infix": "antefix.methods.infix:Infix",
     "prefix_tuning": "antefix.methods.prefix_tuning:PrefixTuning",
 }
 

@@ -58,6 +58,11 @@ class Method(Protocol):
         """How many slots a site holds."""
         ...
 
+    @property
+    def for_targets(self) -> bool:
+        """Whether targets alone see the slots: a source is then read as the base reads it."""
+        ...
+
     def slots(self) -> Mapping[str, KeyValue]:
         """The key/value slots by site name, differentiable with respect to the parameters."""
         ...

@@ -141,6 +141,10 @@ class PrefixTuning(nn.Module):
     def num_virtual_tokens(self) -> int:
         return max((pair.key_GPD.shape[1] for pair in self.slots().values()), default=0)
 
+    @property
+    def for_targets(self) -> bool:
+        return False
+
     def slots(self) -> dict[str, KeyValue]:
         """Site name -> keys (G, P, D) and values (G, P, E), differentiable."""
         slots: dict[str, KeyValue] = self._slots()

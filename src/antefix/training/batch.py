@@ -12,7 +12,7 @@ Axes: B rows, T tokens of a row, N labels, M pairs, U distinct positions that ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ class Batch:
     num_pairs: int
     num_tokens: int
     """Tokens fed, padding included."""
+    source_lengths: Tensor | None = None
+    """(B,) columns of source, where rows are padded; packed rows say it in their forest."""
     encoder: dict[str, Tensor] | None = None
     source_of_row: Tensor | None = None
 
@@ -57,10 +59,12 @@ def packed_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel
     rows = [_Row.of(encoded, unit) for unit in units]
     starts = list(accumulate((len(row.ids) for row in rows), initial=0))
     parents = [p + start if p >= 0 else p for row, start in zip(rows, starts[:-1], strict=True) for p in row.parents]
+    # The last token of a source predicts the first of a target: it sees what targets see.
+    is_target = [place >= row.num_source - 1 for row in rows for place in range(len(row.ids))]
     inputs = {
         "input_ids": torch.tensor([[token for row in rows for token in row.ids]]),
         "position_ids": torch.tensor([[position for row in rows for position in row.positions]]),
-        "attention_mask": _forest_masks(model, parents),
+        "attention_mask": _forest_masks(model, parents, is_target),
         "use_cache": False,
     }
     return _with_labels(inputs, rows, starts)
@@ -69,9 +73,10 @@ def packed_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel
 def padded_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
     """One row a pair, padded on the right, with an ordinary mask: what every model takes."""
     rows = [_Row.of(encoded, Unit(u.example, (t,))) for u in units for t in u.targets]
-    ids, mask = _right_padded([r.ids for r in rows], _pad_id(model))
+    ids, mask = right_padded([r.ids for r in rows], _pad_id(model))
     starts = range(0, ids.numel(), ids.shape[1])
-    return _with_labels({"input_ids": ids, "attention_mask": mask, "use_cache": False}, rows, starts)
+    batch = _with_labels({"input_ids": ids, "attention_mask": mask, "use_cache": False}, rows, starts)
+    return replace(batch, source_lengths=torch.tensor([r.num_source for r in rows]))
 
 
 def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
@@ -79,9 +84,9 @@ def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTra
     start = model.config.decoder_start_token_id
     pad = _pad_id(model)
     sources = [encoded.examples[u.example].source for u in units]
-    encoder_ids, encoder_mask = _right_padded(sources, pad)
+    encoder_ids, encoder_mask = right_padded(sources, pad)
     targets = [encoded.examples[u.example].targets[t] for u in units for t in u.targets]
-    decoder_ids, decoder_mask = _right_padded([(start, *t[:-1]) for t in targets], pad)
+    decoder_ids, decoder_mask = right_padded([(start, *t[:-1]) for t in targets], pad)
     source_of_row = torch.tensor([n for n, u in enumerate(units) for _ in u.targets])
     label_positions = [b * decoder_ids.shape[1] + j for b, t in enumerate(targets) for j in range(len(t))]
     return Batch(
@@ -108,12 +113,14 @@ class _Row:
     positions: list[int]
     parents: list[int]
     labels: list[list[tuple[int, int]]]
+    num_source: int
 
     @classmethod
     def of(cls, encoded: Encoded, unit: Unit) -> _Row:
         example = encoded.examples[unit.example]
         ids = list(example.source)
-        row = cls(ids, list(range(len(ids))), list(range(-1, len(ids) - 1)), [])
+        positions = list(range(example.num_before, example.num_before + len(ids)))
+        row = cls(ids, positions, list(range(-1, len(ids) - 1)), [], len(ids))
         last_of_source = len(ids) - 1
         places: dict[tuple[int, int], int] = {}  # (parent, token) -> its place
         for target in (example.targets[index] for index in unit.targets):
@@ -148,27 +155,35 @@ def _with_labels(inputs: dict[str, Any], rows: Sequence[_Row], starts: Sequence[
     )
 
 
-def _forest_masks(model: PreTrainedModel, parents: Sequence[int]) -> Tensor | Mapping[str, Tensor]:
+def _forest_masks(
+    model: PreTrainedModel, parents: Sequence[int], is_target: Sequence[bool]
+) -> Tensor | Mapping[str, Tensor]:
     """The forest in the model's own form of a mask: one for each kind of layer where it has several.
 
     Windows count positions, not places in the row: a target stands right behind its source. Raises ValueError for
     a kind of layer that no forest describes (chunked or linear attention).
     """
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layers of the kinds {', '.join(sorted(kinds))} take no packed rows")
-    if kinds == {"full_attention"}:
-        window = None
-    windowed = forest_mask(parents, window)
+    windowed = forest_mask(parents, window_of(config), is_target)
     if len(kinds) > 1:
-        forms = {"full_attention": forest_mask(parents, None), "sliding_attention": windowed}
+        forms = {"full_attention": forest_mask(parents, None, is_target), "sliding_attention": windowed}
         return {kind: forms[kind] for kind in sorted(kinds)}
     return windowed
 
 
-def _right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def window_of(config: Any) -> int | None:
+    """How many tokens the layers of a model look back on, where some do not look back on all."""
+    if set(getattr(config, "layer_types", None) or ()) == {"full_attention"}:
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
+
+
+def right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask, both (B, T)."""
     longest = max(len(r) for r in rows)
     ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from antefix.attach import sources_end
 from antefix.training.batch import Batch
 
 _ROWS_AT_ONCE = 256
@@ -94,7 +95,8 @@ def _forward(model: PreTrainedModel, batch: Batch) -> Tensor:
         states = model.get_encoder()(**batch.encoder)[0]
         inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states[batch.source_of_row])
         inputs["attention_mask"] = batch.encoder["attention_mask"][batch.source_of_row]
-    return model(**inputs).logits  # type: ignore[no-any-return]
+    with sources_end(model, batch.source_lengths):
+        return model(**inputs).logits  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -13,9 +13,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -24,9 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from antefix.attach import attached
-from antefix.attention.hook import routed
 from antefix.data.encode import Encoded
-from antefix.data.plan import Unit, all_units, microbatches, steps
+from antefix.data.plan import Unit, all_units, steps
 from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
 from antefix.processes import (
@@ -38,18 +36,11 @@ from antefix.processes import (
     sum_gradients,
     take_from_main,
 )
-from antefix.training.batch import Batch, encoder_decoder_batch, packed_batch, padded_batch
 from antefix.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
+from antefix.training.feed import BatchForm, Feed, batch_form, feed_of
 from antefix.training.objectives import StepSize, pair_losses, reduce_losses
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.recompute import recomputing
-
-BatchForm = Literal["packed", "padded", "encoder_decoder"]
-_FORMS: dict[BatchForm, Callable[[Encoded, Sequence[Unit], PreTrainedModel], Batch]] = {
-    "packed": packed_batch,
-    "padded": padded_batch,
-    "encoder_decoder": encoder_decoder_batch,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +120,13 @@ def train_loop(
     evaluate_at = _evaluation_steps(num_steps, recipe.evaluations if dev_set or dev_metric else 0)
 
     recompute = recomputing(model) if recipe.activation_checkpointing else nullcontext()
-    with attached(model, module), recompute:
+    with attached(model, module) as attachment, recompute:
+        with failing_together():
+            feed, dev_feed = (
+                None if data is None else feed_of(model, module, attachment, data, form, recipe)
+                for data in (train_set, dev_set)
+            )
+        assert feed is not None
         plan = steps(
             train_set, pairs_per_step=recipe.pairs_per_step, targets_per_row=recipe.targets_per_row, seed=recipe.seed
         )
@@ -140,19 +137,14 @@ def train_loop(
                 break
             rate = _set_rate(optimiser, learning_rate, progress.step, num_steps, recipe)
             size = _step_size(train_set, units)
-            batches = microbatches(
-                train_set, units, recipe.tokens_per_batch,
-                packed=form != "padded", multiple_of=accelerator.num_processes,
-            )  # fmt: skip
+            batches = feed.parts(units, multiple_of=accelerator.num_processes)
             loss = torch.zeros((), device=accelerator.device)
             for number, part in shared(list(enumerate(batches))):
                 # Every draw is a function of the seed, the step and the pass in it: a resumed run draws the same, and
                 # processes draw what one would.
                 torch.manual_seed(recipe.seed * 1_000_003 + progress.step + number * 15_485_863)
-                batch = _to(_FORMS[form](train_set, part, model), accelerator.device)
-                part_loss = reduce_losses(
-                    pair_losses(model, batch, recipe.label_smoothing), size, recipe.loss_reduction
-                )
+                losses = pair_losses(model, feed.batch(part), recipe.label_smoothing)
+                part_loss = reduce_losses(losses, size, recipe.loss_reduction)
                 part_loss.backward()  # type: ignore[no-untyped-call]
                 loss += part_loss.detach()
             loss = sum_gradients(parameters, loss)
@@ -165,7 +157,7 @@ def train_loop(
             scores, is_best = None, False
             if progress.step in evaluate_at:
                 evaluation_started = time.perf_counter()
-                scores = _evaluate(model, module, dev_set, recipe, form, dev_metric)
+                scores = _evaluate(model, module, dev_feed, recipe, dev_metric)
                 is_best = _note_scores(progress, scores, recipe)
                 if is_best:
                     best = module.kept_tensors()
@@ -239,63 +231,26 @@ def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
     return max(1, math.ceil(recipe.epochs * train_set.num_pairs / recipe.pairs_per_step))
 
 
-def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None) -> BatchForm:
-    """Which form of batch the base takes; asked of the base itself, on one source of the data.
-
-    Raises TrainingError if packed rows were asked for and the base gives other losses with them.
-    """
-    if model.config.is_encoder_decoder:
-        return "encoder_decoder"
-    if packed is False:
-        return "padded"
-    unit = _probe_unit(data)
-    with torch.no_grad(), routed(model):
-        try:
-            together, apart = (
-                pair_losses(model, _to(make(data, [unit], model), model.device))
-                for make in (packed_batch, padded_batch)
-            )
-            equal = torch.allclose(together, apart, rtol=2e-2 if model.dtype != torch.float32 else 1e-4, atol=1e-4)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError):  # an attention that such a mask does not fit
-            equal = False
-    if not equal and packed:
-        raise TrainingError("packed = true, but this base's attention cannot take packed rows: leave `packed` out")
-    return "packed" if equal else "padded"
-
-
 @torch.no_grad()
-def dev_loss(
-    model: PreTrainedModel, data: Encoded, form: BatchForm, *, targets_per_row: int, tokens_per_batch: int
-) -> float:
+def dev_loss(model: PreTrainedModel, feed: Feed, *, targets_per_row: int) -> float:
     """Mean negative log-likelihood of a target token, whatever the training loss was. Processes share the work."""
-    units = all_units(data, targets_per_row)
-    total, count = 0.0, sum(len(t) for e in data.examples for t in e.targets)
-    for part in shared(microbatches(data, units, tokens_per_batch, packed=form != "padded")):
-        total += float(pair_losses(model, _to(_FORMS[form](data, part, model), model.device)).double().sum())
+    total, count = 0.0, sum(len(t) for e in feed.data.examples for t in e.targets)
+    for part in shared(feed.parts(all_units(feed.data, targets_per_row))):
+        total += float(pair_losses(model, feed.batch(part)).double().sum())
     return sum(gathered(total)) / count
-
-
-def _probe_unit(data: Encoded) -> Unit:
-    longest = max(range(len(data.examples)), key=lambda n: (min(len(data.examples[n].targets), 2), -n))
-    return Unit(longest, tuple(range(min(len(data.examples[longest].targets), 2))))
 
 
 def _evaluate(
     model: PreTrainedModel,
     module: MethodModule,
-    dev_set: Encoded | None,
+    dev_feed: Feed | None,
     recipe: TrainingRecipe,
-    form: BatchForm,
     dev_metric: Callable[[], dict[str, float]] | None,
 ) -> dict[str, float]:
     module.eval()
     scores = {}
-    if dev_set is not None:
-        scores["dev_loss"] = dev_loss(
-            model, dev_set, form, targets_per_row=recipe.targets_per_row, tokens_per_batch=recipe.tokens_per_batch
-        )
+    if dev_feed is not None:
+        scores["dev_loss"] = dev_loss(model, dev_feed, targets_per_row=recipe.targets_per_row)
     if dev_metric is not None:
         scores |= dev_metric()
     module.train()
@@ -347,13 +302,3 @@ def _step_size(data: Encoded, units: Sequence[Unit]) -> StepSize:
         longest_target=max(target for _, target in pairs),
         longest_row=max(source + target - 1 for source, target in pairs),
     )
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    fields = ("inputs", "positions", "row", "label", "pair", "encoder", "source_of_row")
-    return replace(batch, **{name: move(getattr(batch, name)) for name in fields})

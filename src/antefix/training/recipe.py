@@ -85,6 +85,9 @@ class TrainingRecipe(_Section):
     """This part of a target token's probability is spread over the whole vocabulary."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    keep_source_states: bool = False
+    """Read every source once and keep its keys and values in memory for all epochs: for methods whose slots targets
+    alone see (`infix`), packed rows, no dropout in the base."""
     evaluations: int = Field(8, ge=0)
     """How often the dev loss is measured, the last time at the end; 0: never (the last step is kept)."""
     dev_metric: Literal["loss", "bleu"] = "loss"
