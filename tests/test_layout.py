@@ -25,6 +25,7 @@ LAYERS = [
     {"sites"},
     {"attention"},
     {"base"},
+    {"quantised"},
     {"embedded", "fingerprint", "data", "decoding", "metrics", "settings", "tensor_file"},
     {"atomic", "pace", "processes", "strict_json"},
     {"errors"},

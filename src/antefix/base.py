@@ -28,8 +28,11 @@ from transformers import (
 from antefix import embedded
 from antefix.errors import BaseModelError, nearest, one_line
 from antefix.fingerprint import fingerprint
+from antefix.quantised import is_quantised, quantise
 
-Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8", "auto"]
+"""Precision of the frozen weights. `int8`: those of linear layers, the output head excepted, a scale for every row;
+everything else, and all that is computed, bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Base:
         return fingerprint(self.model)
 
     @property
+    def precision(self) -> str:
+        """Of the frozen weights: `float32`, `bfloat16`, `float16` or `int8`."""
+        return "int8" if is_quantised(self.model) else str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def context_length(self) -> int | None:
         """The most tokens the model has positions for; None where its config does not say."""
         config = self.model.config
@@ -57,8 +65,8 @@ class Base:
 def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None) -> Base:
     """Load a base by name, hub id, folder or GGUF file.
 
-    dtype: `auto` keeps the precision of the file. device: as torch names it; `auto` is an accelerator where there is
-    one. Raises BaseModelError when nothing of that name can be loaded.
+    dtype: `auto` keeps the precision of the file; for `int8` see `Dtype`. device: as torch names it; `auto` is an
+    accelerator where there is one. Raises BaseModelError when nothing of that name can be loaded.
     """
     name = str(name)
     if dtype not in get_args(Dtype):
@@ -79,9 +87,7 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
         config = AutoConfig.from_pretrained(**source)
         on_disk = Path(source["pretrained_model_name_or_path"]).is_dir()
         with embedded.without_bars() if on_disk else nullcontext():
-            model = _auto_class(config).from_pretrained(
-                **source, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
-            )
+            model = _auto_class(config).from_pretrained(**source, dtype=_computed_in(dtype))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
@@ -89,9 +95,17 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
         ) from error
     tokenizer = _tokenizer(source, name)
     model.requires_grad_(False)
+    if dtype == "int8":
+        quantise(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Base(_moved(model, device).eval(), tokenizer, name, revision)
+
+
+def _computed_in(dtype: Dtype) -> Any:
+    if dtype == "int8":
+        return torch.bfloat16
+    return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
 def _moved(model: Any, device: str) -> Any:

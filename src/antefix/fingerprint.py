@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 _ATTACHED = "antefix."
 _PROBES = 8
+_made_from: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 
 
@@ -24,12 +25,19 @@ def fingerprint(model: nn.Module) -> str:
     Remembered for a model until its weights change. A change in place is seen by torch's own counter; one behind
     its back (`parameter.data.add_(delta)`) by a few probed values of each tensor.
     """
+    if model in _made_from:
+        return _made_from[model]
     parameters = {n: p.detach() for n, p in sorted(model.named_parameters()) if not n.startswith(_ATTACHED)}
     state = _state(parameters)
     known = _known.get(model)
     if known is None or known[0] != state:
         known = _known[model] = (state, _digest(parameters))
     return known[1]
+
+
+def keep_fingerprint(model: nn.Module) -> None:
+    """From here on the model answers with the fingerprint it has now: what is quantised is still the same base."""
+    _made_from[model] = fingerprint(model)
 
 
 def _digest(parameters: dict[str, Tensor]) -> str:

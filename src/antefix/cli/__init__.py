@@ -7,6 +7,7 @@ messages to stderr. A user's mistake is one line and exit code 2.
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -27,6 +28,8 @@ from antefix.cli.train import train
 from antefix.errors import AntefixError, OtherProcessError
 
 _INTERRUPTED = 130
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""What warns on every import where torchao is installed: of kernels for other devices, of its own enums."""
 
 app = typer.Typer(
     name="antefix",
@@ -67,6 +70,8 @@ app.add_typer(bench_app, name="bench")
 
 def main() -> None:
     """The entry point of the `antefix` command: a user's mistake is one line and exit code 2."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False) or 0
     except TyperException as error:  # how the command was written: an unknown option, a missing argument

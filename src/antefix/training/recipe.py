@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from antefix.base import Dtype
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
 from antefix.errors import DataError, RecipeError, nearest
@@ -117,8 +118,8 @@ class Recipe(_Section):
     """A hub id, a folder, a `.gguf` file, or the embedded `smollm2-135m`."""
     base_revision: str | None = None
     """Commit, branch or tag on the hub; None: its main branch."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Precision of the frozen weights; what is learned stays float32."""
+    dtype: Dtype = "float32"
+    """Precision of the frozen weights; what is learned stays float32. `int8` needs `pip install 'antefix[int8]'`."""
     method: str = "prefix_tuning"
     """The method's name."""
     config: dict[str, Any] = Field(default_factory=dict)

@@ -60,7 +60,7 @@ class Prepared:
     def digest(self) -> str:
         """Tells this run from any other: what is trained on, on which base, how, and how it is watched."""
         parts = (
-            self.base.fingerprint, str(self.base.model.dtype), self.method, repr(self.config), repr(self.learning_rate),
+            self.base.fingerprint, self.base.precision, self.method, repr(self.config), repr(self.learning_rate),
             repr(self.text_format), repr(self.decoding), repr(self.train_set), repr(self.dev_set),
             self.training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}),
         )  # fmt: skip
@@ -320,7 +320,7 @@ def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: 
             "truncated_targets": prepared.train_set.truncated_targets,
             "truncated_dev_sources": prepared.dev_set.truncated_sources,
             "truncated_dev_targets": prepared.dev_set.truncated_targets,
-            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "dtype": base.precision,
             "steps": progress.step,
             "kept_step": progress.best_step,
             "stopped_early": progress.stopped_early,

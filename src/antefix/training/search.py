@@ -210,7 +210,7 @@ def _plan(recipe: Recipe, prepared: Prepared) -> Plan:
     space = recipe.search.space or default_space(prepared)
     training = prepared.training
     facts = {
-        "base": (prepared.base.fingerprint, str(prepared.base.model.dtype)),
+        "base": (prepared.base.fingerprint, prepared.base.precision),
         "data": (prepared.text_format, prepared.train_set, prepared.dev_set),
         "space": ({key: values.model_dump() for key, values in space.items()}, recipe.search.seed),
         "settings": (
