@@ -23,9 +23,12 @@ from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Base
 from antefix.benchmarks.peers import peft_generate
-from antefix.data.encode import Encoded
+from antefix.data import sample_pairs
+from antefix.data.encode import Encoded, Limits, encode
+from antefix.data.linearise import default_format
 from antefix.data.plan import Unit, all_units, microbatches, steps
 from antefix.methods import method_class
+from antefix.metrics import evaluate
 from antefix.training.batch import packed_batch, padded_batch
 from antefix.training.objectives import pair_losses
 
@@ -51,9 +54,15 @@ class Ours:
 
     def __init__(self, base: Base, **config: Any) -> None:
         method = method_class("prefix_tuning")
-        self._base = base
+        self._base, self._config = base, config
         self._module = method.build(base, method.Config.model_validate({"num_virtual_tokens": NUM_SLOTS, **config}))
         self.parameters = [p for p in self._module.parameters() if p.requires_grad]
+
+    def over(self, base: Base) -> Ours:
+        """The same prefix over another copy of its base."""
+        other = Ours(base, **self._config)
+        other._module.load_state_dict(self._module.state_dict())
+        return other
 
     @contextmanager
     def at_work(self) -> Iterator[Base]:
@@ -197,3 +206,20 @@ def texts(arm: Arm, examples: Sequence[antefix.Example]) -> list[str]:
     """Greedy."""
     with arm.at_work() as base:
         return antefix.generate(base, examples, decoding=antefix.Decoding(num_beams=1))
+
+
+def scored(arm: Arm, examples: Sequence[antefix.Example]) -> dict[str, Any]:
+    """Corpus BLEU, and every input's counts: enough for a bootstrap, and no text."""
+    found = evaluate([e.targets for e in examples], texts(arm, examples), ["bleu"])["bleu"]
+    return {"bleu": found.score, "inputs": len(examples), "counts": [[int(n) for n in row] for row in found.rows]}
+
+
+def pairs_of(base: Base, data: str, pairs: int, seed: int = 0) -> Encoded:
+    """Whole sources with their targets, drawn from a data file."""
+    return encoded(base, sample_pairs(antefix.read(data), pairs, seed))
+
+
+def encoded(base: Base, examples: Sequence[antefix.Example]) -> Encoded:
+    """Examples in their default text format."""
+    text_format = default_format([e.source for e in examples])
+    return encode(examples, text_format, base.tokenizer, Limits(context=base.context_length))

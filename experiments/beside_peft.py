@@ -22,20 +22,15 @@ import gzip
 import json
 import math
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import antefix
-from antefix.base import Base
 from antefix.data import sample_pairs
-from antefix.data.encode import Encoded, Limits, encode
-from antefix.data.linearise import default_format
-from antefix.metrics import evaluate
 from antefix.training.recipe import TrainingRecipe
 
-from arms import ARMS, Schedule, texts, trained  # isort: skip
+from arms import ARMS, Schedule, encoded, pairs_of, scored, trained  # isort: skip
 from beside_peft_report import write_report  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
@@ -109,12 +104,12 @@ def run(e2e: Path, arm_name: str, rate: float, pairs: int, seed: int, *, test: i
     """Train on the first `pairs` of the same 1,000; test: texts for every so many-th test input."""
     base = antefix.load_base("smollm2-135m")
     arm = ARMS[arm_name](base)
-    train, dev = (_pairs(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
+    train, dev = (pairs_of(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
     schedule = Schedule(learning_rate=rate, pairs_seen=pairs, seed=seed, evaluate_every=250 if pairs >= 1000 else None)
     found: dict[str, Any] = {"arm": arm_name, "learning_rate": rate, "seed": seed, "parameters": _count(arm)}
     found["pairs_seen_and_dev_loss"] = _finite(trained(arm, train, dev, schedule))
     if test is not None:
-        found["test"] = _scored(arm, antefix.read(f"{e2e}::testset_w_refs.csv")[::test])
+        found["test"] = scored(arm, antefix.read(f"{e2e}::testset_w_refs.csv")[::test])
     return found
 
 
@@ -122,7 +117,7 @@ def run_untouched(e2e: Path, arm_name: str, seed: int) -> dict[str, Any]:
     """Ours: TrainingRecipe and the method's rate. PEFT: its config and transformers' TrainingArguments."""
     base = antefix.load_base("smollm2-135m")
     arm = ARMS[arm_name](base)
-    train, dev = (_pairs(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
+    train, dev = (pairs_of(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
     if arm_name == "ours":
         recipe = TrainingRecipe()
         schedule = Schedule(
@@ -144,14 +139,14 @@ def run_low(e2e: Path, arm_name: str, rate: float, size: int, sample: int) -> di
     """A sample of so many pairs, seen ten times, but no more than 1,000 pairs in all."""
     base = antefix.load_base("smollm2-135m")
     arm = ARMS[arm_name](base)
-    train = _pairs(base, f"{e2e}::trainset.csv", size, seed=100 + sample)
-    dev = _pairs(base, f"{e2e}::devset.csv", 200)
+    train = pairs_of(base, f"{e2e}::trainset.csv", size, seed=100 + sample)
+    dev = pairs_of(base, f"{e2e}::devset.csv", 200)
     schedule = Schedule(learning_rate=rate, pairs_seen=min(1000, 10 * size), seed=sample, evaluate_every=None)
     curve = _finite(trained(arm, train, dev, schedule))
     test = antefix.read(f"{e2e}::testset_w_refs.csv")[::6][:100]
     return {
         "arm": arm_name, "size": size, "sample": sample, "learning_rate": rate, "pairs_seen_and_dev_loss": curve,
-        "test": _scored(arm, test),
+        "test": scored(arm, test),
     }  # fmt: skip
 
 
@@ -159,29 +154,14 @@ def run_webnlg(folder: Path, arm_name: str, rate: float) -> dict[str, Any]:
     """Trained on seen categories; scored on both kinds."""
     base = antefix.load_base("smollm2-135m")
     arm = ARMS[arm_name](base)
-    train = _encoded(base, sample_pairs(_webnlg(folder / "train.jsonl.gz"), 1000, seed=0))
-    dev = _encoded(base, sample_pairs(_webnlg(folder / "dev.jsonl.gz"), 100, seed=0))
+    train = encoded(base, sample_pairs(_webnlg(folder / "train.jsonl.gz"), 1000, seed=0))
+    dev = encoded(base, sample_pairs(_webnlg(folder / "dev.jsonl.gz"), 100, seed=0))
     curve = _finite(trained(arm, train, dev, Schedule(learning_rate=rate, pairs_seen=1000, seed=0)))
     test = {seen: _webnlg(folder / "test.jsonl.gz", seen=seen) for seen in (True, False)}
     return {
         "arm": arm_name, "learning_rate": rate, "pairs_seen_and_dev_loss": curve,
-        **{"seen" if seen else "unseen": _scored(arm, rows[:: len(rows) // 100][:100]) for seen, rows in test.items()},
+        **{"seen" if seen else "unseen": scored(arm, rows[:: len(rows) // 100][:100]) for seen, rows in test.items()},
     }  # fmt: skip
-
-
-def _scored(arm: Any, examples: Sequence[antefix.Example]) -> dict[str, Any]:
-    """Corpus BLEU, and every input's counts: enough for a bootstrap, and no text."""
-    found = evaluate([e.targets for e in examples], texts(arm, examples), ["bleu"])["bleu"]
-    return {"bleu": found.score, "inputs": len(examples), "counts": [[int(n) for n in row] for row in found.rows]}
-
-
-def _pairs(base: Base, data: str, pairs: int, seed: int = 0) -> Encoded:
-    return _encoded(base, sample_pairs(antefix.read(data), pairs, seed))
-
-
-def _encoded(base: Base, examples: Sequence[antefix.Example]) -> Encoded:
-    text_format = default_format([e.source for e in examples])
-    return encode(examples, text_format, base.tokenizer, Limits(context=base.context_length))
 
 
 def _webnlg(path: Path, seen: bool | None = None) -> list[antefix.Example]:
