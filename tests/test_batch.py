@@ -134,6 +134,12 @@ class TestSteps:
         step = next(steps(data, pairs_per_step=40, targets_per_row=4, seed=0))
         assert len({unit.example for unit in step}) > 10
 
+    def test_a_source_is_spread_evenly_over_as_few_rows_as_can_be(self) -> None:
+        data = encoded((3, (2,) * 9), (3, (2,) * 4), (3, (2,)), (3, (2,) * 5))
+        (step,) = itertools.islice(steps(data, pairs_per_step=data.num_pairs, targets_per_row=4, seed=0), 1)
+        rows = [sorted(len(u.targets) for u in step if u.example == n) for n in range(4)]
+        assert rows == [[3, 3, 3], [4], [1], [2, 3]]
+
     def test_thousands_of_steps_are_skipped_at_once(self) -> None:
         data = encoded(*((4, (3,) * 8) for _ in range(500)))
         started = time.process_time()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from antefix.data.encode import Encoded
 from antefix.errors import DataError
@@ -25,7 +26,8 @@ def steps(encoded: Encoded, *, pairs_per_step: int, targets_per_row: int, seed: 
     """The units of every optimiser step, for ever: each holds exactly `pairs_per_step` pairs.
 
     An epoch visits every pair once, in an order drawn from the seed and the epoch. Sources are mixed: at most
-    `targets_per_row` targets of one source stay together. A step may reach over the end of an epoch. Skipping
+    `targets_per_row` targets of one source stay together, in rows that are as few and as even as can be (nine by four
+    are three by three: no more tokens than four, four and one, and no source weighs more than it must). A step may reach over the end of an epoch. Skipping
     steps costs next to nothing. Raises DataError where no example has a target.
     """
     if encoded.num_pairs == 0:
@@ -52,8 +54,9 @@ def _shuffled_units(encoded: Encoded, targets_per_row: int, seed: str) -> list[U
     for index, example in enumerate(encoded.examples):
         targets = list(range(len(example.targets)))
         order.shuffle(targets)
-        chunks = range(0, len(targets), targets_per_row)
-        units += [Unit(index, tuple(targets[i : i + targets_per_row])) for i in chunks]
+        num_rows = -(-len(targets) // targets_per_row)
+        edges = [len(targets) * n // num_rows for n in range(num_rows + 1)] if targets else []
+        units += [Unit(index, tuple(targets[first:last])) for first, last in pairwise(edges)]
     order.shuffle(units)
     return units
 
