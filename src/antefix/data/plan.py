@@ -27,8 +27,9 @@ def steps(encoded: Encoded, *, pairs_per_step: int, targets_per_row: int, seed: 
 
     An epoch visits every pair once, in an order drawn from the seed and the epoch. Sources are mixed: at most
     `targets_per_row` targets of one source stay together, in rows that are as few and as even as can be (nine by four
-    are three by three: no more tokens than four, four and one, and no source weighs more than it must). A step may reach over the end of an epoch. Skipping
-    steps costs next to nothing. Raises DataError where no example has a target.
+    are three by three: no more tokens than four, four and one, and no source weighs more than it must). A step may
+    reach over the end of an epoch. Skipping steps costs next to nothing. Raises DataError where no example has a
+    target.
     """
     if encoded.num_pairs == 0:
         raise DataError("no example has a target")
