@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import DECODER_ONLY, ENCODER_DECODER, VOCABULARY, tiny_model
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from antefix.data.plan import all_units
+from antefix.products import product
 from antefix.training import head
 from antefix.training.batch import Batch, encoder_decoder_batch, padded_batch
 from antefix.training.head import label_logits, label_losses, losses_of_logits
@@ -50,11 +53,13 @@ def test_losses_and_gradients_are_those_of_all_logits(name: str, label_smoothing
     assert (model in head._do_more) == (name == "gemma2"), "only Gemma 2 caps its logits"
 
 
-def test_several_labels_at_one_position() -> None:
+@pytest.mark.parametrize("multiply", [nn.functional.linear, product])
+def test_several_labels_at_one_position(multiply: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(3, 5, requires_grad=True), torch.randn(VOCABULARY, 5)
     row, label = torch.tensor([2, 0, 2, 2]), torch.tensor([7, 7, 1, 7])
-    ours = with_gradient(head._FrozenHead.apply(hidden, weight, None, row, label, 0.0), hidden)  # type: ignore[no-untyped-call]
+    losses = head._FrozenHead.apply(hidden, weight, None, row, label, 0.0, multiply)  # type: ignore[no-untyped-call]
+    ours = with_gradient(losses, hidden)
     theirs = with_gradient(nn.functional.cross_entropy((hidden @ weight.T)[row], label, reduction="none"), hidden)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert ours[1][1].abs().max() == 0, "no label, no gradient"

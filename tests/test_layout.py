@@ -26,7 +26,7 @@ LAYERS = [
     {"attention"},
     {"base"},
     {"quantised"},
-    {"embedded", "fingerprint", "data", "decoding", "metrics", "settings", "tensor_file"},
+    {"embedded", "fingerprint", "products", "data", "decoding", "metrics", "settings", "tensor_file"},
     {"atomic", "pace", "processes", "strict_json"},
     {"errors"},
 ]

@@ -28,6 +28,7 @@ from transformers import (
 from antefix import embedded
 from antefix.errors import BaseModelError, nearest, one_line
 from antefix.fingerprint import fingerprint
+from antefix.products import by_onednn, onednn_pays
 from antefix.quantised import is_quantised, quantise
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8", "auto"]
@@ -99,7 +100,10 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
         quantise(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(_moved(model, device).eval(), tokenizer, name, revision)
+    model = _moved(model, device).eval()
+    if onednn_pays():
+        by_onednn(model)
+    return Base(model, tokenizer, name, revision)
 
 
 def _computed_in(dtype: Dtype) -> Any:

@@ -27,20 +27,29 @@ from antefix.benchmarks.rounds import Spread, interleave
 from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import Work, common_slots, load_workload, our_prefix, parameters_in_products, peak_mib
 from antefix.errors import BenchmarkError
+from antefix.products import by_torch
 
 Watch = Callable[[int, int, str], None]
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}
 """How far the first logits of two arms may be apart in the mean, as a part of their standard deviation. With a thousand
 random slots a base in bfloat16 is that far from itself in float32: there it only shows that both sides have slots."""
+PLAIN = "bare base as transformers loads it"
 SLOT_COUNTS, BATCHES, DISTINCT = (0, 16, 128, 512, 2048), (1, 4, 16, 64), (1, 4, 16, 64, 256)
 """Of the growth curves."""
 
 
 class Decoding:
-    """A batch of sources and how it is decoded; the base of every arm."""
+    """A batch of sources and how it is decoded; the base of every arm.
 
-    def __init__(self, base: str, data: str, dtype: Dtype, batch: int, new_tokens: int) -> None:
+    as_transformers: its matrix products are those that it has when transformers loads it.
+    """
+
+    def __init__(
+        self, base: str, data: str, dtype: Dtype, batch: int, new_tokens: int, as_transformers: bool = False
+    ) -> None:
         self.base, encoded = load_workload(base, data, dtype)
+        if as_transformers:
+            by_torch(self.base.model)
         self._sources = [e.source for e in encoded.examples]
         self._data = data
         self.inputs = self.batch_of(batch)
@@ -142,7 +151,7 @@ class PeftDecoding:
     """With PEFT's prefix; several are had by switching adapters, one group of rows after the other."""
 
     def __init__(self, num_slots: int, distinct: int, **decoding: Any) -> None:
-        self._decoding = Decoding(**decoding)
+        self._decoding = Decoding(**decoding, as_transformers=True)
         base = self._decoding.base
         self._model = peft_model(base, num_slots)
         self._names = ["default"]
@@ -230,7 +239,7 @@ def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Wat
         memory = read_bandwidth_gb_s()
     record.figures |= {f"GB/s of weights, {bare}": read, f"GB/s that memory gives, {dtype}": memory}
     for of, to in (
-        (f"ours, {few}", "bare base"), (f"PEFT, {few}", "bare base"), (f"ours, {many}", f"PEFT, {many}"),
+        (f"ours, {few}", "bare base"), (f"ours, {few}", PLAIN), (f"PEFT, {few}", PLAIN), (f"ours, {many}", f"PEFT, {many}"),
         (f"ours, {mixed}", f"ours, {few}"), (f"ours, {mixed}", f"PEFT, {mixed}"),
     ):  # fmt: skip
         record.add_ratio(f"{of}, {dtype}", f"{to}, {dtype}")
@@ -241,17 +250,20 @@ def _workers(bench: DecodingBench, dtype: Dtype) -> dict[str, Callable[[], Worke
         "base": bench.base, "data": bench.data, "dtype": dtype, "batch": bench.batch, "new_tokens": bench.new_tokens,
     }  # fmt: skip
     few, many = bench.num_slots, bench.many_slots
-    arms = {"bare base": ("OurDecoding", few, 0)}
+    arms = {"bare base": ("OurDecoding", few, 0), PLAIN: ("OurDecoding", few, 0)}
     for slots in (few, many):
         arms[f"ours, {slots} slots"] = ("OurDecoding", slots, 1)
         arms[f"PEFT, {slots} slots"] = ("PeftDecoding", slots, 1)
     arms[f"ours, {bench.batch} prefixes"] = ("OurDecoding", few, bench.batch)
     arms[f"PEFT, {bench.batch} prefixes"] = ("PeftDecoding", few, bench.batch)
-    return {
-        f"{name}, {dtype}": lambda arm=arm, slots=slots, distinct=distinct: Worker(  # type: ignore[misc]
-            f"antefix.benchmarks.decoding:{arm}", {**common, "num_slots": slots, "distinct": distinct}
-        )
+    with_options = {
+        name: (arm, {**common, "num_slots": slots, "distinct": distinct})
         for name, (arm, slots, distinct) in arms.items()
+    }
+    with_options[PLAIN][1]["as_transformers"] = True
+    return {
+        f"{name}, {dtype}": lambda arm=arm, options=options: Worker(f"antefix.benchmarks.decoding:{arm}", options)  # type: ignore[misc]
+        for name, (arm, options) in with_options.items()
     }
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from antefix.base import Base, Dtype
 from antefix.benchmarks.workload import Work, common_slots, load_workload, peak_mib
 from antefix.errors import BenchmarkError
+from antefix.products import by_torch
 
 _IGNORED = -100
 Pair = tuple[int, int]
@@ -31,6 +32,7 @@ class PaddedTraining:
         pairs_per_step: int, forward_pairs: int, sort: bool, sample: int | None = None,
     ) -> None:  # fmt: skip
         self._base, self._data = load_workload(base, data, dtype, sample)
+        by_torch(self._base.model)  # as transformers loads it
         self._model: Any = self._base.model
         if trained == "prefix":
             self._model = peft_model(self._base, num_slots)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from antefix.attach import sources_end
+from antefix.products import FrozenLinear, product, takes_onednn
 from antefix.training.batch import Batch
 
 _ROWS_AT_ONCE = 256
@@ -39,8 +40,9 @@ def label_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 
     if _only_multiplies(head) and model not in _do_more:
         hidden_UH, is_all = _hidden_states(model, head, batch)
         if is_all:
+            multiply = product if takes_onednn(head, hidden_UH) else nn.functional.linear
             return _FrozenHead.apply(  # type: ignore[no-untyped-call,no-any-return]
-                hidden_UH, head.weight, head.bias, batch.row, batch.label, label_smoothing
+                hidden_UH, head.weight, head.bias, batch.row, batch.label, label_smoothing, multiply
             )
         _do_more.add(model)
     return losses_of_logits(label_logits(model, batch).float(), batch.row, batch.label, label_smoothing)
@@ -65,7 +67,9 @@ def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _only_multiplies(head: nn.Module) -> bool:
-    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not head.weight.requires_grad
+    return (
+        type(head) in (nn.Linear, FrozenLinear) and type(head.weight) is nn.Parameter and not head.weight.requires_grad
+    )
 
 
 def _hidden_states(model: PreTrainedModel, head: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
@@ -115,7 +119,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_UH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, row_N: Tensor, label_N: Tensor,
-        label_smoothing: float,
+        label_smoothing: float, multiply: Callable[..., Tensor],
     ) -> Tensor:  # fmt: skip
         order = torch.argsort(row_N)
         starts = torch.searchsorted(
@@ -125,7 +129,7 @@ class _FrozenHead(torch.autograd.Function):
         gradient_UH = torch.empty_like(hidden_UH, dtype=torch.float32)
         for n, first in enumerate(range(0, len(hidden_UH), _ROWS_AT_ONCE)):
             rows = slice(first, first + _ROWS_AT_ONCE)
-            logits_UV = nn.functional.linear(hidden_UH[rows], weight_VH, bias_V).float()
+            logits_UV = multiply(hidden_UH[rows], weight_VH, bias_V).float()
             labels = order[starts[n] : starts[n + 1]]
             losses_N[labels] = -logits_UV[row_N[labels] - first, label_N[labels]]
             mean_U = logits_UV.mean(dim=-1) if label_smoothing > 0 else None
@@ -138,7 +142,7 @@ class _FrozenHead(torch.autograd.Function):
                 uniform_N = (log_normaliser_U - mean_U)[row_N[labels] - first]
                 losses_N[labels] = torch.lerp(losses_N[labels], uniform_N, label_smoothing)
             if ctx.needs_input_grad[0]:
-                gradient_UH[rows] = (share_UV.to(weight_VH.dtype) @ weight_VH).float() / sum_U1
+                gradient_UH[rows] = multiply(share_UV.to(weight_VH.dtype), weight_VH.t()).float() / sum_U1
         ctx.label_smoothing = label_smoothing
         ctx.save_for_backward(gradient_UH, weight_VH, row_N, label_N)
         ctx.dtype = hidden_UH.dtype
@@ -153,4 +157,4 @@ class _FrozenHead(torch.autograd.Function):
         grad_UH.index_add_(0, row_N, (e - 1) * grad_N[:, None] * weight_VH[label_N].float())
         if e > 0:
             grad_UH -= e * weight_U1 * weight_VH.float().mean(dim=0)
-        return grad_UH.to(ctx.dtype), None, None, None, None, None
+        return grad_UH.to(ctx.dtype), None, None, None, None, None, None

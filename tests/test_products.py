@@ -1,0 +1,97 @@
+"""Products by oneDNN are torch's, to rounding: values, gradients, and everything that is not theirs is torch's own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, is_output, tiny_base, tiny_batch, tiny_method, tiny_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from antefix.attach import attached
+from antefix.base import load_base
+from antefix.fingerprint import fingerprint
+from antefix.products import FrozenConv1D, FrozenLinear, by_onednn, by_torch, onednn_pays
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (1, 24), (2, 5, 24), (2, 0, 24)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_layer_is_torchs_in_value_and_gradient(kind: str, bias: bool, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    if kind == "conv1d" and not bias:
+        pytest.skip("transformers' Conv1D always has one")
+    layer = nn.Linear(24, 40, bias=bias) if kind == "linear" else Conv1D(40, 24)
+    layer.requires_grad_(False)
+    x, weights = torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], 40)
+    results = []
+    for route in (by_torch, by_onednn):
+        route(layer)
+        out = layer(x)
+        results.append((out.detach(), *torch.autograd.grad((out * weights).sum(), x)))
+        with torch.no_grad():
+            assert torch.equal(layer(x), out)
+    assert type(layer) in (FrozenLinear, FrozenConv1D)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_model(request.param).requires_grad_(False)
+
+
+def logits(name: str, model: PreTrainedModel) -> Tensor:
+    batch = tiny_batch(name)
+    return model(**batch).logits[is_output(batch)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_prefix_learns_the_same(name: str) -> None:
+    base = tiny_base(name)
+    module, found = tiny_method(base), []
+    for route in (by_torch, by_onednn, by_torch):
+        route(base.model)
+        with attached(base.model, module):
+            out = logits(name, base.model)
+            found.append((out.detach(), *torch.autograd.grad(out.square().mean(), list(module.parameters()))))
+    for plain, ours, again in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_is_trained_or_rounded_is_torchs_own(name: str) -> None:
+    for changed in (tiny_model(name, torch.bfloat16).requires_grad_(False), tiny_model(name).requires_grad_(True)):
+        plain = logits(name, changed)
+        by_onednn(changed)
+        assert torch.equal(logits(name, changed), plain)
+    plain = tiny_model(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = logits(name, plain)
+        by_onednn(plain.requires_grad_(False))
+        assert torch.equal(logits(name, plain), wanted)
+
+
+def test_weights_stay_what_they_are(model: PreTrainedModel) -> None:
+    before, state = fingerprint(model), {n: t.clone() for n, t in model.state_dict().items()}
+    by_onednn(model)
+    assert fingerprint(copy.deepcopy(model)) == fingerprint(model) == before
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_a_base_is_loaded_so_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny_base("llama")
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    for pays in (True, False):
+        monkeypatch.setattr("antefix.base.onednn_pays", lambda pays=pays: pays)
+        base = load_base(tmp_path)
+        assert any(isinstance(m, FrozenLinear) for m in base.model.modules()) == pays
+    assert onednn_pays() in (True, False)
