@@ -262,7 +262,7 @@ def _workers(bench: DecodingBench, dtype: Dtype) -> dict[str, Callable[[], Worke
     }
     with_options[PLAIN][1]["as_transformers"] = True
     return {
-        f"{name}, {dtype}": lambda arm=arm, options=options: Worker(f"antefix.benchmarks.decoding:{arm}", options)  # type: ignore[misc]
+        f"{name}, {dtype}": partial(Worker, f"antefix.benchmarks.decoding:{arm}", options)
         for name, (arm, options) in with_options.items()
     }
 
