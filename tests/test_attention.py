@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from antefix.attention import reference
+from antefix.attention.attend import attend
+from antefix.attention.joined import joined
 from antefix.attention.partial import (
     KeySet,
     Mask,
     Partial,
     Scores,
-    attend,
     concatenated,
     explicit,
     explicit_partial,
     fused,
-    joined,
     merge,
 )
 
@@ -168,11 +168,12 @@ def test_decoding_joins_slots_to_the_tokens(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("num_sets", [1, 2])
-def test_slots_that_all_rows_share_are_joined_as_one_product(num_sets: int, dtype: torch.dtype) -> None:
-    """Kept in float32, whatever the base's precision; two sets are one lot."""
+@pytest.mark.parametrize("num_slots", [5, 100])
+def test_slots_that_all_rows_share_are_one_product(num_slots: int, num_sets: int, dtype: torch.dtype) -> None:
+    """Few meet all heads at once, many those of their group; two sets are one lot, in the base's precision."""
     c = case([None, None, None], dtype=dtype, queries=1)
-    key, value = (torch.randn(1, 2, 5, D) for _ in range(2))
-    cuts = [slice(0, 2), slice(2, 5)] if num_sets == 2 else [slice(0, 5)]
+    key, value = (torch.randn(1, 2, num_slots, D) for _ in range(2))
+    cuts = [slice(0, 2), slice(2, num_slots)] if num_sets == 2 else [slice(0, num_slots)]
     of_rows = c._replace(slots=[(key[0].to(dtype), value[0].to(dtype))] * B)
     agree_without_gradient(of_rows, MASKS["causal"][:, -1:], [KeySet(key[:, :, cut], value[:, :, cut]) for cut in cuts])
 

@@ -146,7 +146,9 @@ DECODING = DecodingBench(
 def test_decoding(base: str, data: str) -> None:
     record = bench_decoding(replace(DECODING, base=base, data=data), unseen)
     assert list(record.ratios) == [
-        "ours, 3 slots, float32 / bare base, float32", "PEFT, 3 slots, float32 / bare base, float32",
+        "ours, 3 slots, float32 / bare base, float32",
+        "ours, 3 slots, float32 / bare base as transformers loads it, float32",
+        "PEFT, 3 slots, float32 / bare base as transformers loads it, float32",
         "ours, 12 slots, float32 / PEFT, 12 slots, float32", "ours, 4 prefixes, float32 / ours, 3 slots, float32",
         "ours, 4 prefixes, float32 / PEFT, 4 prefixes, float32",
     ]  # fmt: skip

@@ -172,7 +172,7 @@ def test_the_commands_mistakes_are_one_line(tmp_path: Path) -> None:
     assert f"the base '{tmp_path / 'bare'}' has no tokenizer that can be loaded" in text
     assert run(str(tmp_path / "bare"), "--dtype", "bfloat") == (
         2,
-        "unknown dtype 'bfloat': did you mean 'bfloat16'? Known: auto, bfloat16, float16, float32, int8",
+        "unknown dtype 'bfloat': did you mean 'bfloat16'? Known: auto, bfloat16, float16, float32, int8, native",
     )
 
 

@@ -28,6 +28,7 @@ from antefix.training.run import prepare_recipe, run_recipe
 RECIPE = """
 name = "menus"
 base = "{base}"
+dtype = "float32"
 [config]
 num_virtual_tokens = 2
 [data]

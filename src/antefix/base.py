@@ -31,9 +31,10 @@ from antefix.fingerprint import fingerprint
 from antefix.products import by_onednn, onednn_pays
 from antefix.quantised import is_quantised, quantise
 
-Dtype = Literal["float32", "bfloat16", "float16", "int8", "auto"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8", "native", "auto"]
 """Precision of the frozen weights. `int8`: those of linear layers, the output head excepted, a scale for every row;
-everything else, and all that is computed, bfloat16."""
+everything else, and all that is computed, bfloat16. `native`: bfloat16 where this processor or GPU multiplies it
+natively, else float32. `auto`: as the file has it."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Base:
 def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None) -> Base:
     """Load a base by name, hub id, folder or GGUF file.
 
-    dtype: `auto` keeps the precision of the file; for `int8` see `Dtype`. device: as torch names it; `auto` is an
-    accelerator where there is one. Raises BaseModelError when nothing of that name can be loaded.
+    dtype: see `Dtype`. device: as torch names it; `auto` is an accelerator where there is one. Raises BaseModelError
+    when nothing of that name can be loaded.
     """
     name = str(name)
     if dtype not in get_args(Dtype):
@@ -88,7 +89,7 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
         config = AutoConfig.from_pretrained(**source)
         on_disk = Path(source["pretrained_model_name_or_path"]).is_dir()
         with embedded.without_bars() if on_disk else nullcontext():
-            model = _auto_class(config).from_pretrained(**source, dtype=_computed_in(dtype))
+            model = _auto_class(config).from_pretrained(**source, dtype=_computed_in(dtype, device))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
@@ -106,15 +107,28 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
     return Base(model, tokenizer, name, revision)
 
 
-def _computed_in(dtype: Dtype) -> Any:
+def _computed_in(dtype: Dtype, device: str) -> Any:
+    if dtype == "native":
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
     if dtype == "int8":
         return torch.bfloat16
     return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
+def _multiplies_bfloat16(device: str) -> bool:
+    found = _accelerator() if device == "auto" else torch.device(device)
+    if found is None or found.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
 def _moved(model: Any, device: str) -> Any:
     if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
+        found = _accelerator()
         return model if found is None else model.to(found)
     try:
         return model.to(device)

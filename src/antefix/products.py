@@ -2,7 +2,7 @@
 
 torch hands float32 products to MKL, and MKL does not use AVX-512 on AMD's processors: there oneDNN, which torch has
 too, is 2.0 to 2.3 times as fast (`docs/experiments.md`). Frozen linear layers of a base are handed to oneDNN there. The
-values are those of float32, summed in another order. Nothing is copied or packed, no weight is changed: a layer's class
+values are those of float32, summed in another order. No weight changes its value, no memory is added: a layer's class
 becomes a subclass of `nn.Linear`, and a layer whose weights are trained computes as ever.
 """
 
@@ -48,12 +48,23 @@ _BY_TORCH = {ours: torchs for torchs, ours in _BY_ONEDNN.items()}
 
 
 def by_onednn(model: nn.Module) -> None:
-    """Hand the products of a model's frozen linear layers to oneDNN."""
+    """Hand the products of a model's frozen linear layers to oneDNN.
+
+    Weights are laid down column by column, as it likes them where few rows are multiplied (decoding), unless an
+    embedding shares them.
+    """
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if type(module) is nn.Linear and id(module.weight) not in shared and module.weight.dtype == torch.float32:
+            module.weight.data = module.weight.data.t().contiguous().t()
     _exchange(model, _BY_ONEDNN)
 
 
 def by_torch(model: nn.Module) -> None:
     """Undo `by_onednn`."""
+    for module in model.modules():
+        if type(module) is FrozenLinear:
+            module.weight.data = module.weight.data.contiguous()
     _exchange(model, _BY_TORCH)
 
 

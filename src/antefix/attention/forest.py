@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from antefix.attention.partial import KeySet, Mask, Scores, additive_of_slots, attend, fused_kernel_fits
+from antefix.attention.attend import attend
+from antefix.attention.partial import KeySet, Mask, Scores, additive_of_slots, fused_kernel_fits
 
 NO_WINDOW = 2**31
 _ROOT = -1

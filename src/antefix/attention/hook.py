@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from antefix.attention.attend import attend
 from antefix.attention.forest import forest_of, is_forest
-from antefix.attention.partial import KeySet, Mask, Scores, attend
+from antefix.attention.partial import KeySet, Mask, Scores
 from antefix.errors import BaseModelError
 
 SUPPORTED_IMPLEMENTATIONS = ("sdpa", "eager")

@@ -4,9 +4,9 @@ Attention over a union is a merge of partial results (He et al. 2022, arXiv 2110
 every set gives the softmax-weighted mean of its values and the log of its normaliser, and the merged
 output weighs the means by the softmax of the logs. The base's tokens are one set, a prefix's slots another.
 
-Four forms, equal in value and gradient to `antefix.attention.reference`; `attend` chooses by capability:
+Three forms, equal in value and gradient to `antefix.attention.reference` (a fourth, for decoding, is in
+`antefix.attention.joined`, and `antefix.attention.attend` chooses by capability):
 
-- `joined` is for decoding, one query a row and no gradient: plain products, one softmax over slots and tokens.
 - `fused` calls the processor's flash kernel for every set. The kernel returns the normaliser but no
   gradient through it, and none is needed: the kernel's own backward, called with the *merged* output and
   the *merged* normaliser, is the exact gradient of the merged attention for that set.
@@ -126,28 +126,11 @@ class Scores:
         return self.masked_only and self.position_bias is None and self.dropout == 0.0
 
 
-def attend(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
-    """Attention of every query over its tokens and over all slots, in whatever precision these are kept: B, H, T, E."""
-    slots = [s for s in slots if s.key_BGSD.shape[2] > 0]
-    if scores.plain and query_BHTD.shape[2] == 1 and slots and not torch.is_grad_enabled() and _is_by_row(tokens.mask):
-        return joined(query_BHTD, tokens, slots, scores.scale)
-    slots = [_in_precision(s, query_BHTD.dtype) for s in slots]
-    num_slots = sum(s.key_BGSD.shape[2] for s in slots)
-    if scores.plain and num_slots > tokens.key_BGSD.shape[2] and fused_kernel_fits(query_BHTD, tokens.value_BGSE):
-        return fused(query_BHTD, [tokens, *slots], scores.scale)
-    if scores.masked_only:
-        return concatenated(query_BHTD, tokens, slots, scores)
-    return explicit(query_BHTD, tokens, slots, scores)
-
-
-def _is_by_row(mask: Mask | None) -> bool:
-    """Whether a mask is the same for all heads."""
-    return mask is None or mask.additive.shape[1] == 1
-
-
-def _in_precision(keys: KeySet, dtype: torch.dtype) -> KeySet:
-    mask = None if keys.mask is None else Mask(keys.mask.additive.to(dtype), keys.mask.blind)
-    return keys._replace(key_BGSD=keys.key_BGSD.to(dtype), value_BGSE=keys.value_BGSE.to(dtype), mask=mask)
+def additive_of_slots(slots: KeySet, num_rows: int) -> Tensor:
+    """Which of its slots a row has: 0 or -inf, (num_rows, P), float32."""
+    if slots.mask is None:
+        return slots.key_BGSD.new_zeros(num_rows, slots.key_BGSD.shape[2], dtype=torch.float32)
+    return slots.mask.additive[:, 0, 0].float().expand(num_rows, -1)
 
 
 def _side_by_side(query_BHTD: Tensor, sets: Sequence[KeySet]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -252,87 +235,6 @@ def _additive(query: Tensor, keys: KeySet) -> Tensor | None:
         return None
     T = query.shape[2]
     return query.new_full((1, 1, T, T), -torch.inf).triu(1)
-
-
-# --- the joined form ----------------------------------------------------------------------------------------
-
-
-def joined(query_BH1D: Tensor, tokens: KeySet, slots: Sequence[KeySet], scale: float) -> Tensor:
-    """One query a row, one softmax over slots and tokens, nothing but plain products; knows no gradient.
-
-    Slots are multiplied in float32; those that all rows share with all rows at once, and never copied.
-    """
-    B, H = query_BH1D.shape[:2]
-    G, S = tokens.key_BGSD.shape[1:3]
-    R = H // G
-    shared = all(s.key_BGSD.shape[0] == 1 and s.mask is None for s in slots)
-    key_NDP, value_NPE, mask_BP = _one_lot(slots, 1 if shared else B, scale)
-
-    of_slots = _by_row(torch.bmm(_by_lot(query_BH1D.view(B, G, R, -1), shared), key_NDP), (B, G, R), shared)
-    if mask_BP is not None:
-        of_slots = of_slots + mask_BP[:, None, None]
-    query, key = query_BH1D.reshape(B * G, R, -1), tokens.key_BGSD.flatten(0, 1).transpose(1, 2)
-    if tokens.mask is None:
-        of_tokens = torch.bmm(query, key).mul_(scale)
-    else:
-        of_tokens = torch.baddbmm(tokens.mask.by_group(B, G), query, key, alpha=scale)
-    P = of_slots.shape[3]
-    weights = torch.softmax(torch.cat([of_slots, of_tokens.view(B, G, R, S)], dim=3), dim=3)
-    if tokens.mask is not None and tokens.mask.blind is not None:
-        weights = weights.nan_to_num(0.0)  # a row that sees neither a token nor a slot
-
-    value = tokens.value_BGSE.flatten(0, 1)
-    out = torch.bmm(weights[..., P:].view(B * G, R, S).to(value.dtype), value).view(B, G, R, -1)
-    of_slots = _by_row(torch.bmm(_by_lot(weights[..., :P], shared), value_NPE), (B, G, R), shared)
-    return out.add(of_slots).to(query.dtype).reshape(B, H, 1, -1)
-
-
-def _by_lot(x_BGRX: Tensor, shared: bool) -> Tensor:
-    """Float32 rows as slots are multiplied with them: (G, B * R, X) where all rows share them, else (B * G, R, X)."""
-    B, G, R, X = x_BGRX.shape
-    if not shared:
-        return x_BGRX.reshape(B * G, R, X).float()
-    return x_BGRX.new_empty(G, B, R, X, dtype=torch.float32).copy_(x_BGRX.transpose(0, 1)).view(G, B * R, X)
-
-
-def _by_row(x: Tensor, BGR: tuple[int, int, int], shared: bool) -> Tensor:
-    """The other way: (B, G, R, X)."""
-    B, G, R = BGR
-    return x.view(G, B, R, -1).transpose(0, 1) if shared else x.view(B, G, R, -1)
-
-
-_LOT_ATTRIBUTE = "antefix_lot"
-
-
-def _one_lot(slots: Sequence[KeySet], num_rows: int, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All slots side by side in float32: scaled keys (N * G, D, P), values (N * G, P, E), additive mask (N, P).
-
-    Made once and kept at the first slots' tensor: they stay while an attachment stays as it is.
-    """
-    first = slots[0].key_BGSD
-    versions = tuple(None if x.is_inference() else x._version for x in (first, slots[0].value_BGSE))
-    made_for = (len(slots), num_rows, scale, versions)
-    known: tuple[Any, Any] | None = first.__dict__.get(_LOT_ATTRIBUTE)
-    if known is not None and known[0] == made_for:
-        return known[1]  # type: ignore[no-any-return]
-    key, value = (
-        torch.cat([x.expand(num_rows, -1, -1, -1) for x in parts], dim=2).float().flatten(0, 1)
-        for parts in ([s.key_BGSD for s in slots], [s.value_BGSE for s in slots])
-    )
-    mask = None
-    if any(s.mask is not None for s in slots):
-        mask = torch.cat([additive_of_slots(s, num_rows) for s in slots], dim=1)
-    lot = ((key * scale).transpose(1, 2).contiguous(), value, mask)
-    if len(slots) == 1:  # what else is there may be another the next time
-        first.__dict__[_LOT_ATTRIBUTE] = (made_for, lot)
-    return lot
-
-
-def additive_of_slots(slots: KeySet, num_rows: int) -> Tensor:
-    """Which of its slots a row has: 0 or -inf, (num_rows, P), float32."""
-    if slots.mask is None:
-        return slots.key_BGSD.new_zeros(num_rows, slots.key_BGSD.shape[2], dtype=torch.float32)
-    return slots.mask.additive[:, 0, 0].float().expand(num_rows, -1)
 
 
 # --- the fused form -----------------------------------------------------------------------------------------

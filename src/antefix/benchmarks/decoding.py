@@ -239,8 +239,8 @@ def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Wat
         memory = read_bandwidth_gb_s()
     record.figures |= {f"GB/s of weights, {bare}": read, f"GB/s that memory gives, {dtype}": memory}
     for of, to in (
-        (f"ours, {few}", "bare base"), (f"ours, {few}", PLAIN), (f"PEFT, {few}", PLAIN), (f"ours, {many}", f"PEFT, {many}"),
-        (f"ours, {mixed}", f"ours, {few}"), (f"ours, {mixed}", f"PEFT, {mixed}"),
+        (f"ours, {few}", "bare base"), (f"ours, {few}", PLAIN), (f"PEFT, {few}", PLAIN),
+        (f"ours, {many}", f"PEFT, {many}"), (f"ours, {mixed}", f"ours, {few}"), (f"ours, {mixed}", f"PEFT, {mixed}"),
     ):  # fmt: skip
         record.add_ratio(f"{of}, {dtype}", f"{to}, {dtype}")
 

@@ -37,7 +37,7 @@ def generate(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base; without: the one the prefix names.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Precision of the base: float32, bfloat16, float16, int8 or auto.")
+        str, typer.Option(help="Precision of the base: float32, bfloat16, float16, int8, native or auto.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")] = "auto",
     decoding: Annotated[

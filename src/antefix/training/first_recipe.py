@@ -119,7 +119,7 @@ def _head(look: Look, base: str) -> str:
             "",
             _set("name", name, f"the prefix is kept as bank/{name}"),
             _set("base", base, "a hub id, a folder, a .gguf file, or the embedded smollm2-135m"),
-            "# " + _set("dtype", "bfloat16", "half the memory; faster where the processor or GPU knows it"),
+            "# " + _set("dtype", "float32", "of the base; without: bfloat16 where processor or GPU multiply it"),
             _set("method", "prefix_tuning"),
         ]
     )

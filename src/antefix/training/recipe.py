@@ -118,8 +118,9 @@ class Recipe(_Section):
     """A hub id, a folder, a `.gguf` file, or the embedded `smollm2-135m`."""
     base_revision: str | None = None
     """Commit, branch or tag on the hub; None: its main branch."""
-    dtype: Dtype = "float32"
-    """Precision of the frozen weights; what is learned stays float32. `int8` needs `pip install 'antefix[int8]'`."""
+    dtype: Dtype = "native"
+    """Precision of the frozen weights; what is learned stays float32. `native`: bfloat16 where this processor or GPU
+    multiplies it natively, else float32. `int8` needs `pip install 'antefix[int8]'`."""
     method: str = "prefix_tuning"
     """The method's name."""
     config: dict[str, Any] = Field(default_factory=dict)
