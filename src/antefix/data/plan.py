@@ -62,12 +62,13 @@ def _shuffled_units(encoded: Encoded, targets_per_row: int, seed: str) -> list[U
     return units
 
 
-def all_units(encoded: Encoded, targets_per_row: int) -> list[Unit]:
-    """Every pair once, in the order of the data: for a loss over a dev set."""
+def all_units(encoded: Encoded, targets_per_row: int | None = None) -> list[Unit]:
+    """Every pair once, in the order of the data: for a loss over a dev set. None: all targets of a source together."""
     return [
-        Unit(index, tuple(range(start, min(start + targets_per_row, len(example.targets)))))
+        Unit(index, tuple(range(start, min(start + size, len(example.targets)))))
         for index, example in enumerate(encoded.examples)
-        for start in range(0, len(example.targets), targets_per_row)
+        for size in [targets_per_row or max(1, len(example.targets))]
+        for start in range(0, len(example.targets), size)
     ]
 
 

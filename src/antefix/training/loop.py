@@ -232,10 +232,10 @@ def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
 
 
 @torch.no_grad()
-def dev_loss(model: PreTrainedModel, feed: Feed, *, targets_per_row: int) -> float:
+def dev_loss(model: PreTrainedModel, feed: Feed) -> float:
     """Mean negative log-likelihood of a target token, whatever the training loss was. Processes share the work."""
     total, count = 0.0, sum(len(t) for e in feed.data.examples for t in e.targets)
-    for part in shared(feed.parts(all_units(feed.data, targets_per_row))):
+    for part in shared(feed.parts(all_units(feed.data))):
         total += float(pair_losses(model, feed.batch(part)).double().sum())
     return sum(gathered(total)) / count
 
@@ -250,7 +250,7 @@ def _evaluate(
     module.eval()
     scores = {}
     if dev_feed is not None:
-        scores["dev_loss"] = dev_loss(model, dev_feed, targets_per_row=recipe.targets_per_row)
+        scores["dev_loss"] = dev_loss(model, dev_feed)
     if dev_metric is not None:
         scores |= dev_metric()
     module.train()

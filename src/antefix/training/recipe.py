@@ -63,8 +63,9 @@ class TrainingRecipe(_Section):
     """Optimiser steps; None: as `epochs` says."""
     pairs_per_step: int = Field(16, ge=1)
     """Source/target pairs an optimiser step."""
-    targets_per_row: int = Field(4, ge=1)
-    """At most so many targets of one source stand in one row: more is faster, fewer mixes sources better."""
+    targets_per_row: int = Field(2, ge=1)
+    """At most so many targets of one source stand in one row: more is faster, fewer mixes sources better. Two learn as
+    much a pair as one does; from three on it shows."""
     packed: bool | None = None
     """Packed rows; None: wherever the base can (it is asked once, by comparing)."""
     tokens_per_batch: int = Field(1024, ge=1)
