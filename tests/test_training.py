@@ -9,20 +9,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_base
+from conftest import ARCHITECTURES, tiny_base, tiny_method
 from safetensors.torch import load_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from antefix.attach import attached
 from antefix.base import Base
 from antefix.data import Example, Table
+from antefix.data.plan import Unit
 from antefix.errors import DataError, RecipeError, TrainingError
 from antefix.prefix import Prefix
+from antefix.training.batch import encoder_decoder_batch, packed_batch
+from antefix.training.feed import batch_form
 from antefix.training.journal import LOG_FILE, read_log
-from antefix.training.loop import StepReport, batch_form
+from antefix.training.loop import StepReport
+from antefix.training.objectives import pair_losses
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import Prepared, prepare, run, train
 
@@ -316,3 +323,31 @@ def test_train_from_python_gives_a_prefix_that_works(tmp_path: Path) -> None:
         with attached(base.model, again):
             assert torch.equal(one, base.model(ids).logits)
         assert not torch.equal(one, base.model(ids).logits)
+
+
+FORMS = {"llama": packed_batch, "gpt2": packed_batch, "bart": encoder_decoder_batch}
+LOWEST = {
+    "llama": [f"model.layers.0.self_attn.{p}_proj" for p in "kqv"],
+    "gpt2": ["transformer.h.0.attn.c_attn"],
+    "bart": [f"model.{part}.layers.0.self_attn.{p}_proj" for part in ("decoder", "encoder") for p in "kqv"],
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_no_gradient_is_made_that_nothing_needs(name: str) -> None:
+    """None for a weight of the base, and none for what stands below the lowest slot."""
+    base = tiny_base(name)
+    needs: dict[str, bool] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        return lambda module, args, output: needs.__setitem__(path, output.requires_grad)
+
+    products = (nn.Linear, Conv1D)
+    handles = [m.register_forward_hook(note(n)) for n, m in base.model.named_modules() if isinstance(m, products)]
+    with attached(base.model, tiny_method(base)):
+        pair_losses(base.model, FORMS[name](prepared(base).train_set, [Unit(0, (0,))], base.model)).sum().backward()
+    for handle in handles:
+        handle.remove()
+    without = sorted(path for path, needed in needs.items() if not needed)
+    assert without == LOWEST[name], "the projections that feed the lowest slots, and nothing above them"
+    assert all(p.grad is None for p in base.model.parameters())

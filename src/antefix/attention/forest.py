@@ -364,6 +364,8 @@ class _FusedRuns(torch.autograd.Function):
         num_first = slots[0].shape[0] * slots[0].shape[1] if slots else 0
         grad_key, grad_value = (gathering.summed(d, num_first + len(key)) for d in (dk, dv))
         of_slots = [g[:num_first].view(s.shape) for g, s in zip((grad_key, grad_value), slots, strict=False)]
+        if not any(ctx.needs_input_grad[3:6]):  # at the lowest slots nothing flows on
+            return (None, None, None, None, None, None, *of_slots)
         return (
             None, None, None, gathering.of_tokens(dq, query), grad_key[num_first:].to(key.dtype),
             grad_value[num_first:].to(value.dtype), *of_slots,
