@@ -19,7 +19,7 @@ from antefix.benchmarks.machine import matrix_peak_gflops, read_bandwidth_gb_s
 from antefix.benchmarks.memory import MemoryBench, bench_memory
 from antefix.benchmarks.record import Record
 from antefix.benchmarks.report import markdown, write_report
-from antefix.benchmarks.rounds import Spread, interleave
+from antefix.benchmarks.rounds import ROUNDS_FILE, Kept, Spread, interleave
 from antefix.benchmarks.training import TrainingBench, bench_training
 from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import load_workload, peak_mib
@@ -66,6 +66,39 @@ class TestRounds:
         record = Record(bench="x", settings={}, unit="", rounds={"a": [4.0, 2.0], "b": [2.0, 1.0]})
         record.add_ratio("a", "b")
         assert record.ratios == {"a / b": Spread(2.0, 2.0, 2.0)}
+
+    def test_finished_rounds_are_kept_and_an_interrupted_one_is_done_again(self, tmp_path: Path) -> None:
+        turns: list[str] = []
+
+        def arm(name: str) -> Callable[[int], float]:
+            def turn(number: int) -> float:
+                turns.append(f"{name}{number}")
+                if turns == ["a0", "b0", "b1", "a1"]:
+                    raise KeyboardInterrupt
+                return number + 0.5
+
+            return turn
+
+        arms, made_with = {"a": arm("a"), "b": arm("b")}, {"slots": (1, 2)}
+        with pytest.raises(KeyboardInterrupt):
+            interleave(arms, 3, kept=Kept(tmp_path, made_with))
+        assert interleave(arms, 3, kept=Kept(tmp_path, made_with)) == {"a": [0.5, 1.5, 2.5], "b": [0.5, 1.5, 2.5]}
+        assert turns == ["a0", "b0", "b1", "a1", "b1", "a1", "a2", "b2"]
+        assert interleave({"a": arm("a")}, 1, kept=Kept(tmp_path, made_with)) == {"a": [0.5]}, (
+            "other arms, other rounds"
+        )
+
+    def test_a_choice_is_made_once(self, tmp_path: Path) -> None:
+        assert Kept(tmp_path, {}).choice("pairs", lambda: 16) == 16
+        assert Kept(tmp_path, {}).choice("pairs", lambda: 8) == 16
+
+    def test_rounds_of_another_bench_are_refused(self, tmp_path: Path) -> None:
+        Kept(tmp_path, {"slots": 1}).add({"a": 1.0})
+        with pytest.raises(BenchmarkError, match="with other settings, versions or of another machine: give another"):
+            Kept(tmp_path, {"slots": 2})
+        (tmp_path / ROUNDS_FILE).write_text("{")
+        with pytest.raises(BenchmarkError, match="not a bench's rounds; remove it or give another --out"):
+            Kept(tmp_path, {"slots": 1})
 
     def test_quartiles(self) -> None:
         assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)

@@ -23,7 +23,7 @@ from antefix.base import Dtype
 from antefix.benchmarks.machine import read_bandwidth_gb_s
 from antefix.benchmarks.peers import give_slots, peft_generate, peft_model
 from antefix.benchmarks.record import Curve, Record
-from antefix.benchmarks.rounds import Spread, interleave
+from antefix.benchmarks.rounds import Kept, Spread, interleave
 from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import Work, common_slots, load_workload, our_prefix, parameters_in_products, peak_mib
 from antefix.errors import BenchmarkError
@@ -204,17 +204,20 @@ class DecodingBench:
     """No curves."""
 
 
-def bench_decoding(bench: DecodingBench, watch: Watch) -> Record:
-    """Run it, one precision after the other. Raises BenchmarkError where ours and PEFT's do not write the same."""
+def bench_decoding(bench: DecodingBench, watch: Watch, kept: Kept | None = None) -> Record:
+    """Run it from the rounds that are kept, one precision after the other.
+
+    Raises BenchmarkError where ours and PEFT's do not write the same.
+    """
     record = Record(bench="generate", settings=asdict(bench), unit="new tokens/s")
     for dtype in bench.precisions:
-        _at_precision(bench, dtype, record, watch)
+        _at_precision(bench, dtype, record, watch, kept)
     if not bench.quick:
         record.curves = _growth(bench, watch)
     return record
 
 
-def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Watch) -> None:
+def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Watch, kept: Kept | None) -> None:
     few, many, mixed = f"{bench.num_slots} slots", f"{bench.many_slots} slots", f"{bench.batch} prefixes"
     with ExitStack() as stack:
         arms = {name: stack.enter_context(worker()) for name, worker in _workers(bench, dtype).items()}
@@ -229,8 +232,9 @@ def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Wat
             return lambda number: float(arm.call("work", number).per_second)
 
         rates = interleave(
-            {name: turn(arm) for name, arm in arms.items()}, bench.rounds, lambda n, name: watch(n, num_turns, name)
-        )
+            {name: turn(arm) for name, arm in arms.items()}, bench.rounds,
+            lambda n, name: watch(n, num_turns, name), kept,
+        )  # fmt: skip
         record.rounds |= rates
         record.peak_mib |= {name: arm.call("peak_mib") for name, arm in arms.items()}
         bare = f"bare base, {dtype}"

@@ -21,7 +21,7 @@ from antefix.base import Dtype
 from antefix.benchmarks.machine import matrix_peak_gflops
 from antefix.benchmarks.peers import Pair
 from antefix.benchmarks.record import Curve, Record
-from antefix.benchmarks.rounds import Spread, interleave
+from antefix.benchmarks.rounds import Kept, Spread, interleave
 from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import (
     Work,
@@ -155,23 +155,25 @@ class TrainingBench:
     """No full fine-tuning, no curves, PEFT's sorted batches at 16 pairs a forward pass."""
 
 
-def bench_training(bench: TrainingBench, watch: Watch) -> Record:
-    """Run it. Raises BenchmarkError where arms disagree on a loss."""
+def bench_training(bench: TrainingBench, watch: Watch, kept: Kept | None = None) -> Record:
+    """Run it, from the rounds that are kept. Raises BenchmarkError where arms disagree on a loss."""
+    kept = kept or Kept()
     record = Record(bench="train", settings=asdict(bench), unit="pairs/s")
     with ExitStack() as stack:
         arms = {name: stack.enter_context(worker()) for name, worker in _workers(bench).items()}
         for dtype in bench.precisions:
             record.figures |= _checked_losses(arms, dtype)
         for name, arm in arms.items():
-            record.figures |= _best_forward(name, arm, bench, watch)
+            record.figures |= _best_forward(name, arm, bench, watch, kept)
         num_steps, num_turns = bench.steps_per_round, bench.rounds * len(arms)
 
         def turn(arm: Worker) -> Callable[[int], float]:
             return lambda number: float(arm.call("work", _FIRST_SEED + number, num_steps).per_second)
 
         record.rounds = interleave(
-            {name: turn(arm) for name, arm in arms.items()}, bench.rounds, lambda n, name: watch(n, num_turns, name)
-        )
+            {name: turn(arm) for name, arm in arms.items()}, bench.rounds,
+            lambda n, name: watch(n, num_turns, name), kept,
+        )  # fmt: skip
         for dtype in bench.precisions:
             record.figures |= _useful_work(arms[f"ours, {dtype}"], record.rounds[f"ours, {dtype}"], dtype, bench)
         record.peak_mib = {name: arm.call("peak_mib", _FIRST_SEED) for name, arm in arms.items()}
@@ -212,21 +214,26 @@ def _checked_losses(arms: dict[str, Worker], dtype: Dtype) -> dict[str, float]:
     return {f"loss with the same slots and pairs, {name}": round(loss, 6) for name, loss in losses.items()}
 
 
-def _best_forward(name: str, arm: Worker, bench: TrainingBench, watch: Watch) -> dict[str, float]:
+def _best_forward(name: str, arm: Worker, bench: TrainingBench, watch: Watch, kept: Kept) -> dict[str, float]:
     """How many pairs a peer's forward pass should hold, after a turn to warm up."""
     watch(0, 1, f"warming up {name}")
     arm.call("work", 0, 1)
     if bench.quick or "sorted" not in name:
         return {}
     choices = [c for c in FORWARD_PAIRS if c <= bench.pairs_per_step]
-    rates: dict[int, float] = {}
-    for choice in choices:
-        watch(len(rates), len(choices), f"how many at once serve {name} best")
-        arm.call("set_forward_pairs", choice)
-        rates[choice] = arm.call("work", 1, 1).per_second
-    best = max(rates, key=rates.__getitem__)
+
+    def fastest() -> int:
+        rates: dict[int, float] = {}
+        for choice in choices:
+            watch(len(rates), len(choices), f"how many at once serve {name} best")
+            arm.call("set_forward_pairs", choice)
+            rates[choice] = arm.call("work", 1, 1).per_second
+        return max(rates, key=rates.__getitem__)
+
+    what = f"pairs a forward pass, {name}"
+    best = int(kept.choice(what, fastest))
     arm.call("set_forward_pairs", best)
-    return {f"pairs a forward pass, {name}": best}
+    return {what: best}
 
 
 def _useful_work(ours: Worker, rates: Sequence[float], dtype: Dtype, bench: TrainingBench) -> dict[str, float]:

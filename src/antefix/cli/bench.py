@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +35,8 @@ def train(
     """Pairs a second in training: ours, PEFT's prefix-tuning (sorted by length, and at random), full fine-tuning.
 
     Every arm lives in a process of its own and works in turn; ratios are taken within a round. Before anything is
-    timed, all arms must have the same loss with the same slots. Without --quick it takes about an hour.
+    timed, all arms must have the same loss with the same slots. Without --quick it takes about an hour;
+    with --out every finished round is kept, and the same command goes on after an interruption.
 
     Example: `antefix bench train --data e2e-dataset.zip::trainset.csv --quick`
     """
@@ -43,7 +46,7 @@ def train(
         base=base, data=_data(data), precisions=_precisions(precision), pairs_per_step=pairs_per_step, sample=sample,
         rounds=rounds or (3 if quick else 15), steps_per_round=1 if quick else 4, quick=quick,
     )  # fmt: skip
-    _run(lambda watch: bench_training(settings, watch), out, as_json)
+    _run(partial(bench_training, settings, kept=_kept(settings, out)), out, as_json)
 
 
 @bench_app.command("generate")
@@ -73,7 +76,7 @@ def generate(
         precisions=_precisions(precision or ("float32" if quick else "float32,bfloat16")),
         new_tokens=16 if quick else 32,
     )  # fmt: skip
-    _run(lambda watch: bench_decoding(settings, watch), out, as_json)
+    _run(partial(bench_decoding, settings, kept=_kept(settings, out)), out, as_json)
 
 
 @bench_app.command("memory")
@@ -95,7 +98,7 @@ def memory(
     settings = MemoryBench(
         base=base, data=_data(data), precision=dtype, pairs_per_step=(32,) if quick else (8, 16, 32, 64)
     )
-    _run(lambda watch: bench_memory(settings, watch), out, as_json)
+    _run(partial(bench_memory, settings), out, as_json)
 
 
 @bench_app.command("load")
@@ -112,7 +115,7 @@ def load(
     from antefix.benchmarks.loading import LoadingBench, bench_loading
 
     settings = LoadingBench(base=base, bank_sizes=(10, 1_000), own_prefixes=100) if quick else LoadingBench(base=base)
-    _run(lambda watch: bench_loading(settings, watch), out, as_json)
+    _run(partial(bench_loading, settings), out, as_json)
 
 
 def _run(bench: Any, out: Path | None, as_json: bool) -> None:
@@ -121,7 +124,7 @@ def _run(bench: Any, out: Path | None, as_json: bool) -> None:
 
     screen = console()
     with LiveLine(screen, 1, "turn") as line:
-        record = bench(lambda done, total, what: line.show(done, what, total=total))
+        record = bench(watch=lambda done, total, what: line.show(done, what, total=total))
     if out is not None:
         write_report(record, out)
         screen.print(f"record, report and plots are in {out}", highlight=False, soft_wrap=True)
@@ -129,6 +132,16 @@ def _run(bench: Any, out: Path | None, as_json: bool) -> None:
         print_json(record.to_dict())
     else:
         typer.echo(markdown(record))
+
+
+def _kept(settings: Any, out: Path | None) -> Any:
+    """The rounds that a folder holds of a bench with these settings on this machine."""
+    from antefix.benchmarks.machine import description
+    from antefix.benchmarks.rounds import Kept
+
+    given = asdict(settings)
+    del given["rounds"]  # more of the same rounds can be had later
+    return Kept(out, {"settings": given, "machine": description()})
 
 
 def _data(data: str | None) -> str:
