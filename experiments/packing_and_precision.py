@@ -129,7 +129,8 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("pairs seen")
         axes.legend(title=by.replace("_", " "))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("dev loss, nats a token (mean and range of three seeds)")
+    figure.axes[0].set_ylabel("dev loss, nats a token")
+    figure.supxlabel("mean and range of three seeds", fontsize="small")
     figure.savefig(path, dpi=130)
 
 
