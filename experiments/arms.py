@@ -92,7 +92,9 @@ class PeftPrefix:
         yield self._base
 
     def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
-        for part in microbatches(data, [Unit(u.example, (t,)) for u in units for t in u.targets], 1024, packed=False):
+        for part in microbatches(
+            data, [Unit(u.example, (t,)) for u in units for t in u.targets], TOKENS_PER_BATCH, packed=False
+        ):
             batch = padded_batch(data, part, base.model)
             logits = base.model(
                 input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"]

@@ -2,7 +2,8 @@
 
     python experiments/beside_peft.py path/to/e2e-dataset.zip path/to/webnlg
 
-The folder holds WebNLG 2017 as train.jsonl.gz and test.jsonl.gz (with `triples`, `lexs`, and `seen` in the test set).
+The folder holds WebNLG 2017 as train.jsonl.gz, dev.jsonl.gz and test.jsonl.gz (with `triples`, `lexs`, and `seen` in
+the test set).
 Everything is float32 on SmolLM2-135M. Units, in this order:
 
 - search: three learning rates an arm, 300 pairs each; the best by dev loss goes on.
@@ -54,6 +55,9 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     e2e, webnlg = (Path(argument).resolve() for argument in sys.argv[1:])
+    for path in (e2e, *(webnlg / f"{name}.jsonl.gz" for name in ("train", "dev", "test"))):
+        if not path.is_file():
+            sys.exit(f"{path}: no such file")
     folder = RESULTS / "units"
     search = {
         f"search_{arm}_{rate:g}": Unit(partial(run, e2e, arm, rate, 300, seed=0), _seconds(arm, 300, 1))

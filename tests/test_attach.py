@@ -156,6 +156,14 @@ def llama() -> Base:
     return tiny_base("llama")
 
 
+def test_an_implementation_that_is_changed_under_a_prefix_is_noticed(llama: Base) -> None:
+    with attached(llama.model, tiny_method(llama)):
+        llama.model.set_attn_implementation("eager")
+        with pytest.raises(PrefixError, match="takes the prefix off: detach it, and attach it again"):
+            logits(llama, tiny_batch("llama"))
+    logits(llama, tiny_batch("llama"))
+
+
 def test_a_second_attachment_takes_over_and_gives_back(llama: Base) -> None:
     batch, (first, second) = tiny_batch("llama"), tiny_pair(llama)
     bare = logits(llama, batch)

@@ -181,6 +181,13 @@ class TestMicrobatches:
         made = microbatches(data, all_units(data, 4), 34, packed=False)
         assert [[u.example for u in batch] for batch in made] == [[3, 1], [2, 0]]
 
+    def test_thousands_of_rows_are_shared_out_at_once(self) -> None:
+        data = encoded(*((200 + n % 400, (8,)) for n in range(5000)))
+        started = time.perf_counter()
+        made = microbatches(data, all_units(data), 1024, packed=True)
+        assert time.perf_counter() - started < 5
+        assert sum(len(batch) for batch in made) == 5000
+
     def test_rows_without_padding_are_shared_out_evenly(self) -> None:
         data = encoded((9, (9,)), (2, (2,)), (9, (8,)), (2, (1,)))  # 17, 3, 16 and 2 tokens
         made = microbatches(data, all_units(data, 4), 34, packed=True)

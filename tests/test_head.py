@@ -73,6 +73,24 @@ def test_a_head_that_is_trained_gets_its_gradient() -> None:
     assert weight.grad.abs().max() > 0
 
 
+def test_a_bias_that_is_trained_gets_its_gradient() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    head = nn.Linear(model.config.hidden_size, VOCABULARY)
+    head.weight.requires_grad_(False)
+    model.set_output_embeddings(head)
+    label_losses(model, batch_for(model)).sum().backward()
+    assert head.bias.grad is not None
+    assert head.bias.grad.abs().max() > 0
+
+
+def test_a_head_whose_output_is_changed_is_found_out() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    batch = batch_for(model)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: output / 3)
+    losses = label_losses(model, batch)
+    torch.testing.assert_close(losses, losses_of_logits(label_logits(model, batch), batch.row, batch.label))
+
+
 def test_a_base_that_scales_its_logits_is_found_out() -> None:
     """By looking at one row: the model's logits are not its head's output."""
     model = tiny_model("llama").requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import DECODER_ONLY, ENCODER_DECODER, tiny_base, tiny_method
 from test_training import prepared
 from torch import Tensor
+from transformers import DynamicCache
 
 from antefix.attach import attached
 from antefix.base import Base
@@ -16,7 +18,8 @@ from antefix.decoding import Decoding
 from antefix.errors import PrefixError, TrainingError
 from antefix.generation import generate
 from antefix.methods.infix import Infix, InfixConfig
-from antefix.training.run import run
+from antefix.training.recompute import recomputing
+from antefix.training.run import Prepared, run
 
 SOURCE, LENGTH = 5, 9
 
@@ -66,6 +69,58 @@ def test_labels_say_where_a_source_ends(base: Base) -> None:
         assert torch.equal(base.model(ids).logits, found)
         attachment.source_lengths = SOURCE
         assert not torch.equal(base.model(ids).logits, found)
+
+
+@pytest.mark.parametrize("lengths", [SOURCE, [SOURCE, SOURCE + 2]])
+def test_a_text_that_is_fed_token_by_token_is_the_text(base: Base, lengths: int | list[int]) -> None:
+    module, ids = tiny_method(base, "infix").requires_grad_(False), rows()
+    with attached(base.model, module) as attachment, torch.no_grad():
+        attachment.source_lengths = lengths
+        whole = base.model(ids, use_cache=False).logits
+        cache = DynamicCache(config=base.model.config)
+        one_by_one = [base.model(ids[:, t : t + 1], cache=cache, use_cache=True).logits for t in range(LENGTH)]
+    torch.testing.assert_close(torch.cat(one_by_one, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_behind_a_cache_count_from_there() -> None:
+    base, ids = tiny_base("llama"), rows()
+    labels = ids.masked_fill(torch.arange(LENGTH) < 7, -100)
+    with attached(base.model, tiny_method(base, "infix").requires_grad_(False)) as attachment, torch.no_grad():
+        whole = base.model(ids, labels=labels).logits
+        cache = DynamicCache(config=base.model.config)
+        attachment.source_lengths = 7
+        base.model(ids[:, :4], cache=cache, use_cache=True)
+        attachment.source_lengths = None
+        rest = base.model(ids[:, 4:], labels=labels[:, 4:], cache=cache, use_cache=True).logits
+    torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+def test_labels_with_gaps_do_not_say_where_a_source_ends() -> None:
+    base, ids = tiny_base("llama"), rows()
+    labels = ids.masked_fill((torch.arange(LENGTH) == 6) | (torch.arange(LENGTH) < 3), -100)
+    with (
+        attached(base.model, tiny_method(base, "infix")),
+        pytest.raises(PrefixError, match="between labelled tokens do not say where a source ends"),
+    ):
+        base.model(ids, labels=labels)
+
+
+def test_recomputed_layers_have_the_roles_of_their_own_pass_or_none() -> None:
+    base, ids = tiny_base("llama"), rows()
+    module = tiny_method(base, "infix")
+    with attached(base.model, module) as attachment, recomputing(base.model):
+        for lengths in ((7, 7), (7, 3)):
+            losses = []
+            for length in lengths:
+                attachment.source_lengths = length
+                losses.append(base.model(ids).logits.square().mean())
+            if lengths[0] == lengths[1]:
+                sum(losses).backward()
+            else:
+                with pytest.raises(PrefixError, match="call backward after every pass"):
+                    sum(losses).backward()
+        attachment.source_lengths = 4  # and on from there
+        base.model(ids).logits.square().mean().backward()
 
 
 def test_what_is_not_known_is_asked_for() -> None:
@@ -118,6 +173,20 @@ class TestKeptSources:
         for key, tensor in both[0].tensors.items():
             torch.testing.assert_close(tensor, both[1].tensors[key], atol=2e-4, rtol=1e-3)
 
+    @pytest.mark.parametrize("config", [{}, {"parametrisation": "network", "hidden_width": 9, "dropout": 0.3}])
+    def test_an_interrupted_run_ends_with_the_same_bits(self, tmp_path: Path, config: dict[str, object]) -> None:
+        def ready() -> Prepared:
+            return prepared(
+                tiny_base("llama"), "infix", config, keep_source_states=True, max_steps=8, checkpoint_seconds=0
+            )
+
+        whole = run(ready()).tensors
+        steps = iter(range(8))
+        with pytest.raises(KeyboardInterrupt):
+            run(ready(), tmp_path, stop_requested=lambda: next(steps) == 3)
+        resumed = run(ready(), tmp_path).tensors
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
     @pytest.mark.parametrize(
         ("name", "method", "changes", "message"),
         [
@@ -135,7 +204,5 @@ class TestKeptSources:
 
     def test_more_than_fits_into_memory_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 10))
-        with pytest.raises(
-            TrainingError, match=r"[\d,]+ source tokens take [\d.]+ GiB, 0\.0 GiB are free; leave it out"
-        ):
+        with pytest.raises(TrainingError, match=r"[\d,]+ source tokens take [\d.]+ GiB, 0\.0 GiB are free, and half"):
             run(prepared(tiny_base("llama"), method="infix", keep_source_states=True, max_steps=1))

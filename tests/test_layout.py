@@ -18,7 +18,7 @@ LAYERS = [
     {"doctor", "interop", "training", "bank", "generated_file"},
     {"generation"},
     {"attach"},
-    {"prefix", "stacking", "forward_call"},
+    {"prefix", "stacking", "forward_call", "passes"},
     {"methods"},
     {"parts"},
     {"rotary"},

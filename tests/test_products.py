@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from antefix.attach import attached
 from antefix.base import load_base
 from antefix.fingerprint import fingerprint
-from antefix.products import FrozenConv1D, FrozenLinear, by_onednn, by_torch, onednn_pays
+from antefix.products import FrozenConv1D, FrozenLinear, by_onednn, by_torch
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
 
@@ -40,6 +40,31 @@ def test_a_layer_is_torchs_in_value_and_gradient(kind: str, bias: bool, shape: t
     assert type(layer) in (FrozenLinear, FrozenConv1D)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_derivatives_of_every_kind_are_torchs(kind: str) -> None:
+    """Forward mode, functional, and of second order."""
+    torch.manual_seed(0)
+    layer = (nn.Linear(6, 5) if kind == "linear" else Conv1D(5, 6)).requires_grad_(False)
+    x, direction = torch.randn(3, 6), torch.randn(3, 6)
+
+    def curved(x: Tensor) -> Tensor:
+        return layer(x.square()).pow(3).sum()
+
+    found = []
+    for route in (by_torch, by_onednn):
+        route(layer)
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(curved(leaf), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((first * direction).sum(), leaf)
+        forward = torch.func.jvp(curved, (x,), (direction,))[1]
+        with torch.no_grad():
+            without_graph = torch.func.jvp(curved, (x,), (direction,))[1]
+        found.append((first, second, torch.func.grad(curved)(x), forward, without_graph))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -94,4 +119,3 @@ def test_a_base_is_loaded_so_where_it_pays(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr("antefix.base.onednn_pays", lambda pays=pays: pays)
         base = load_base(tmp_path)
         assert any(isinstance(m, FrozenLinear) for m in base.model.modules()) == pays
-    assert onednn_pays() in (True, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -76,6 +77,11 @@ def test_every_slot_gets_the_gradient_of_the_base_it_was_made_from(int8: Base, f
             base.model(**tiny_batch("llama")).logits.float().square().mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.98
+
+
+def test_a_copy_is_quantised_too(int8: Base) -> None:
+    again = Base(copy.deepcopy(int8.model), int8.tokenizer, "copy")
+    assert (again.precision, again.fingerprint) == ("int8", int8.fingerprint)
 
 
 def test_a_base_without_such_layers_is_refused(tmp_path: Path) -> None:

@@ -46,14 +46,16 @@ def examples(count: int = 6) -> list[Example]:
     ]
 
 
-def prepared(base: Base, method: str = "prefix_tuning", **training: object) -> Prepared:
+def prepared(
+    base: Base, method: str = "prefix_tuning", config: dict[str, object] | None = None, **training: object
+) -> Prepared:
     short = {"max_steps": 6, "pairs_per_step": 4, "targets_per_row": 2, "evaluations": 2, "tokens_per_batch": 120}
     return prepare(
         base,
         examples(),
         examples(2),
         method=method,
-        config={"num_virtual_tokens": 3, "initial_text": "say it"},
+        config={"num_virtual_tokens": 3, "initial_text": "say it", **(config or {})},
         text_format=None,
         decoding=None,
         training=TrainingRecipe.model_validate(short | training),

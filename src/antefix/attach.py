@@ -27,9 +27,10 @@ from transformers import PreTrainedModel
 from antefix.attention.hook import HookedModel, put_slots
 from antefix.attention.partial import KeySet
 from antefix.errors import BaseModelError, PrefixError
-from antefix.forward_call import counted_positions, forest_in, num_cached, padded_on_the_left, tokens_of
+from antefix.forward_call import counted_positions, forest_in, padded_on_the_left, targets_in, tokens_of
 from antefix.methods.base import MethodModule
 from antefix.parts.key_value import KeyValue
+from antefix.passes import Passes
 from antefix.prefix import Prefix
 from antefix.sites import find_sites
 from antefix.stacking import check_fits, stacked
@@ -38,8 +39,6 @@ BARE = -1
 """The row index of a row without a prefix."""
 
 _SUBMODULE = "antefix"
-_NO_LABEL = -100
-"""As transformers' models mark tokens that carry no loss."""
 _STACK_ATTRIBUTE = "antefix_attachments"
 
 
@@ -135,6 +134,7 @@ class Attachment:
         self._source_lengths: Tensor | None = None
         self._is_target: Tensor | None = None
         self._knows_targets = False
+        self.passes = Passes()
         # Learned positions end; an index beyond them is an error without a name, on a GPU a crash.
         longest = getattr(model.config, "max_position_embeddings", None)
         self._last_position = longest - 1 if longest and sites.positions == "absolute" else None
@@ -266,6 +266,7 @@ class Attachment:
                 if isinstance(module, PreTrainedModel):
                     self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                     self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._handles.append(self._model.register_forward_pre_hook(self._check_routed))
         if any(self._shifts) or self._relative:
             self._handles.append(self._model.register_forward_pre_hook(self._place_tokens, with_kwargs=True))
 
@@ -294,26 +295,16 @@ class Attachment:
             if self._trainable:
                 self._live = self._made_slots()
             if any(self._for_targets):
-                self._knows_targets, self._is_target = self._found_targets(args, kwargs)
+                self._knows_targets, self._is_target = targets_in(args, kwargs, self._source_lengths)
+            slots = [t for of_module in self._live or [] for pair in of_module.values() for t in pair]
+            self.passes.enter([*slots, self._is_target])
 
-    def _found_targets(self, args: Any, kwargs: dict[str, Any]) -> tuple[bool, Tensor | None]:
-        """Whether it is known which tokens of this forward pass are a target's, and which (None: all)."""
-        num_rows, length = tokens_of(args, kwargs).shape[:2]
-        labels: Tensor | None = kwargs.get("labels")
-        if self._source_lengths is None:
-            if labels is None:
-                return False, None
-            has_label = labels.ne(_NO_LABEL)
-            first_B = torch.where(has_label.any(dim=1), has_label.int().argmax(dim=1), length)
-        else:
-            if num_rows % len(self._source_lengths):
-                raise PrefixError(
-                    f"the batch has {num_rows} rows, attachment.source_lengths has {len(self._source_lengths)}"
-                )
-            first_B = self._source_lengths.repeat_interleave(num_rows // len(self._source_lengths))
-        column_T = torch.arange(length, device=first_B.device) + num_cached(kwargs)
-        is_target = column_T >= first_B[:, None] - 1
-        return True, None if bool(is_target.all()) else is_target
+    def _check_routed(self, module: nn.Module, args: Any) -> None:
+        if not self._hooked.is_routed:
+            raise PrefixError(
+                "the model's attention implementation was changed while a prefix was attached, which takes the prefix "
+                "off: detach it, and attach it again"
+            )
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._outermost is module:
@@ -363,6 +354,7 @@ class SiteStack:
         """The slots for so many rows: one key set of B (or 1, where all rows share it) rows."""
         if self._kept is not None and self._kept[0] == num_rows:
             return self._kept[1]
+        self._attachment.passes.look()
         sets = self._gather(num_rows)
         if not self._attachment.trainable:
             self._kept = (num_rows, sets)

@@ -102,17 +102,22 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = _moved(model, device).eval()
-    if onednn_pays():
+    if model.device.type == "cpu" and onednn_pays():
         by_onednn(model)
     return Base(model, tokenizer, name, revision)
 
 
 def _computed_in(dtype: Dtype, device: str) -> Any:
     if dtype == "native":
-        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+        dtype = native_precision(device)
     if dtype == "int8":
         return torch.bfloat16
     return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def native_precision(device: str) -> Literal["float32", "bfloat16"]:
+    """What `native` means on a device (`auto`: the accelerator, where there is one)."""
+    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
 
 
 def _multiplies_bfloat16(device: str) -> bool:

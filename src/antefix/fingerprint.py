@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 _ATTACHED = "antefix."
 _PROBES = 8
-_made_from: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_MADE_FROM = "antefix_made_from"
+"""Where a model keeps the fingerprint it was made from: in itself, so that a copy has it too."""
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 
 
@@ -25,8 +26,8 @@ def fingerprint(model: nn.Module) -> str:
     Remembered for a model until its weights change. A change in place is seen by torch's own counter; one behind
     its back (`parameter.data.add_(delta)`) by a few probed values of each tensor.
     """
-    if model in _made_from:
-        return _made_from[model]
+    if _MADE_FROM in model.__dict__:
+        return str(model.__dict__[_MADE_FROM])
     parameters = {n: p.detach() for n, p in sorted(model.named_parameters()) if not n.startswith(_ATTACHED)}
     state = _state(parameters)
     known = _known.get(model)
@@ -37,7 +38,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def keep_fingerprint(model: nn.Module) -> None:
     """From here on the model answers with the fingerprint it has now: what is quantised is still the same base."""
-    _made_from[model] = fingerprint(model)
+    model.__dict__[_MADE_FROM] = fingerprint(model)
 
 
 def _digest(parameters: dict[str, Tensor]) -> str:

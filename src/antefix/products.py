@@ -1,9 +1,9 @@
 """Products with frozen float32 weights, by the library that computes them faster.
 
 torch hands float32 products to MKL, and MKL does not use AVX-512 on AMD's processors: there oneDNN, which torch has
-too, is 2.0 to 2.3 times as fast (`docs/experiments.md`). Frozen linear layers of a base are handed to oneDNN there. The
-values are those of float32, summed in another order. No weight changes its value, no memory is added: a layer's class
-becomes a subclass of `nn.Linear`, and a layer whose weights are trained computes as ever.
+too, is twice as fast (`docs/experiments.md`). Frozen linear layers of a base are handed to oneDNN there. The
+values are those of float32, summed in another order. Weights stay as they are: a layer's class becomes a subclass of
+its own, and a layer whose weights are trained, or whose states are rounded, computes as ever.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -48,23 +49,12 @@ _BY_TORCH = {ours: torchs for torchs, ours in _BY_ONEDNN.items()}
 
 
 def by_onednn(model: nn.Module) -> None:
-    """Hand the products of a model's frozen linear layers to oneDNN.
-
-    Weights are laid down column by column, as it likes them where few rows are multiplied (decoding), unless an
-    embedding shares them.
-    """
-    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():
-        if type(module) is nn.Linear and id(module.weight) not in shared and module.weight.dtype == torch.float32:
-            module.weight.data = module.weight.data.t().contiguous().t()
+    """Hand the products of a model's frozen linear layers to oneDNN."""
     _exchange(model, _BY_ONEDNN)
 
 
 def by_torch(model: nn.Module) -> None:
     """Undo `by_onednn`."""
-    for module in model.modules():
-        if type(module) is FrozenLinear:
-            module.weight.data = module.weight.data.contiguous()
     _exchange(model, _BY_TORCH)
 
 
@@ -90,22 +80,29 @@ def takes_onednn(layer: nn.Module, x: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b by oneDNN, for x of shape (..., in) and W of shape (out, in); a gradient for x alone."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _FrozenProduct.apply(x, weight, bias)  # type: ignore[no-untyped-call,no-any-return]
-    return _linear(x, weight, bias)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return _FrozenProduct.forward(x, weight, bias)
+    return _FrozenProduct.apply(x, weight, bias)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _FrozenProduct(torch.autograd.Function):
+    """A linear map: its own derivative, forwards and, transposed, backwards, as often as is asked for."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return _linear(x, weight, bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _linear(grad, weight.t(), None), None, None
+        return product(grad, weight.t()), None, None
 
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *of_weights: None) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return product(tangent, weight)

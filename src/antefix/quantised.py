@@ -7,20 +7,19 @@ made from: a prefix trained on one can be attached to the other, at the loss tha
 
 from __future__ import annotations
 
-from weakref import WeakSet
-
 from torch import nn
 from transformers import PreTrainedModel
 
 from antefix.errors import BaseModelError
 from antefix.fingerprint import keep_fingerprint
+from antefix.products import by_torch
 
-_quantised: WeakSet[nn.Module] = WeakSet()
+_ATTRIBUTE = "antefix_quantised"
 
 
 def is_quantised(model: nn.Module) -> bool:
     """Whether `quantise` was here."""
-    return model in _quantised
+    return _ATTRIBUTE in model.__dict__
 
 
 def quantise(model: PreTrainedModel) -> None:
@@ -33,10 +32,11 @@ def quantise(model: PreTrainedModel) -> None:
     except ImportError as error:
         raise BaseModelError("dtype 'int8' needs torchao: pip install 'antefix[int8]'") from error
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    by_torch(model)
     chosen = {m for m in model.modules() if type(m) is nn.Linear and m is not head}
     if not chosen:
         raise BaseModelError(f"dtype 'int8': {type(model).__name__} has no linear layers to quantise; use bfloat16")
     keep_fingerprint(model)
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: module in chosen)
     model.requires_grad_(False)
-    _quantised.add(model)
+    model.__dict__[_ATTRIBUTE] = True

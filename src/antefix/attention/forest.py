@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from antefix.attention.attend import attend
@@ -345,6 +346,7 @@ class _FusedRuns(torch.autograd.Function):
         return out_THE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
         gathering: _Gathering = ctx.gathering
         query, key, value, out_THE, *rest = ctx.saved_tensors

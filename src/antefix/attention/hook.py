@@ -95,6 +95,11 @@ class HookedModel:
             config._attn_implementation = _PREFIX + name
         return before
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether attention goes through ours."""
+        return all(str(config._attn_implementation).startswith(_PREFIX) for config in self._configs.values())
+
     @staticmethod
     def restore(before: list[tuple[Any, str]]) -> None:
         """Give every config its own implementation back."""

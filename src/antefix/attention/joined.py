@@ -1,5 +1,7 @@
 """Attention in decoding: one query a row, no gradient, one softmax over slots and tokens, plain products.
 
+In half precision scores are rounded before the softmax, as in transformers' eager attention.
+
 The slots of all attached prefixes lie side by side as one *lot*, made once and kept at their tensor. A lot takes one of
 three forms, by what is cheapest for it:
 
@@ -138,15 +140,17 @@ class _OwnOfRows:
 
 def _lot_of(slots: Sequence[KeySet], query: Tensor, scale: float) -> _Lot:
     """The lot of these slots; kept while an attachment stays as it is."""
-    first = slots[0].key_BGSD
-    versions = tuple(None if x.is_inference() else x._version for x in (first, slots[0].value_BGSE))
-    made_for = (len(slots), query.shape[:2], query.dtype, scale, versions)
-    known: tuple[Any, _Lot] | None = first.__dict__.get(_LOT_ATTRIBUTE)
+    if len(slots) > 1:  # what else is there may be another the next time
+        return _made_lot(slots, query, scale)
+    (first,) = slots
+    versions = tuple(None if x.is_inference() else x._version for x in (first.key_BGSD, first.value_BGSE))
+    # The mask itself, not its address: as long as it is kept here no other can take its place.
+    made_for = (first.mask, query.shape[:2], query.dtype, scale, versions)
+    known: tuple[Any, _Lot] | None = first.key_BGSD.__dict__.get(_LOT_ATTRIBUTE)
     if known is not None and known[0] == made_for:
         return known[1]
     lot = _made_lot(slots, query, scale)
-    if len(slots) == 1:  # what else is there may be another the next time
-        first.__dict__[_LOT_ATTRIBUTE] = (made_for, lot)
+    first.key_BGSD.__dict__[_LOT_ATTRIBUTE] = (made_for, lot)
     return lot
 
 

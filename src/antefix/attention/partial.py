@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class KeySet(NamedTuple):
@@ -273,6 +274,7 @@ class _FusedUnion(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, out, lse, *flat = ctx.saved_tensors
         # A query that saw nothing anywhere: the kernel must not compute exp(score + inf).

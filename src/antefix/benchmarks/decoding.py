@@ -77,11 +77,11 @@ class Decoding:
             out = generate(**inputs, generation_config=self._config)
         return out[:, inputs["input_ids"].shape[1] :]
 
-    def first_logits(self, model: Any) -> Tensor:
+    def first_logits(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Of every row's first new token: (B, V)."""
-        positions = (self.inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
-            return model(**self.inputs, position_ids=positions).logits[:, -1].float()  # type: ignore[no-any-return]
+            return model(**inputs, position_ids=positions).logits[:, -1].float()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class OurDecoding:
     def show(self) -> Shown:
         """See `Shown`."""
         with self._attached() as model:
-            logits = self._decoding.first_logits(model)
+            logits = self._decoding.first_logits(model, self._inputs)
             texts = self._decoding.generate(model.generate, self._inputs)
         return Shown(logits[:, :1000].tolist(), logits.argmax(1).tolist(), texts.tolist())
 
@@ -173,12 +173,19 @@ class PeftDecoding:
         return Work(count, time.perf_counter() - started)
 
     def show(self) -> Shown:
-        """See `Shown`; of the first prefix."""
-        self._model.set_adapter("default")
-        logits = self._decoding.first_logits(self._model)
-        return Shown(
-            logits[:, :1000].tolist(), logits.argmax(1).tolist(), self._generated(self._decoding.inputs).tolist()
-        )
+        """See `Shown`."""
+        inputs = self._decoding.inputs
+        num_rows = len(inputs["input_ids"])
+        logits, texts = [torch.empty(0)] * num_rows, [torch.empty(0)] * num_rows
+        for place, name in enumerate(self._names):
+            self._model.set_adapter(name)
+            rows = range(place, num_rows, len(self._names))
+            group = {key: value[place :: len(self._names)] for key, value in inputs.items()}
+            of_group = zip(rows, self._decoding.first_logits(self._model, group), self._generated(group), strict=True)
+            for row, its_logits, its_text in of_group:
+                logits[row], texts[row] = its_logits, its_text
+        found = torch.stack(logits)
+        return Shown(found[:, :1000].tolist(), found.argmax(1).tolist(), [text.tolist() for text in texts])
 
     def peak_mib(self) -> float:
         """Peak memory of decoding above the model."""
@@ -221,7 +228,7 @@ def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Wat
     few, many, mixed = f"{bench.num_slots} slots", f"{bench.many_slots} slots", f"{bench.batch} prefixes"
     with ExitStack() as stack:
         arms = {name: stack.enter_context(worker()) for name, worker in _workers(bench, dtype).items()}
-        for what in (few, many):
+        for what in (few, many, mixed):
             record.figures |= _agreement(arms, what, dtype)
         for name, arm in arms.items():
             watch(0, 1, f"warming up {name}")

@@ -17,7 +17,6 @@ class Curve:
     x: str
     y: str
     series: dict[str, list[tuple[float, Spread]]]
-    logarithmic: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,10 +37,10 @@ class Record:
     curves: list[Curve] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=description)
 
-    def add_ratio(self, of: str, to: str, name: str | None = None) -> None:
+    def add_ratio(self, of: str, to: str) -> None:
         """How many times as fast one arm is as another, within the rounds."""
         pairs = zip(self.rounds[of], self.rounds[to], strict=True)
-        self.ratios[name or f"{of} / {to}"] = Spread.of([a / b for a, b in pairs])
+        self.ratios[f"{of} / {to}"] = Spread.of([a / b for a, b in pairs])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -105,8 +105,7 @@ def _plot_curves(record: Record, path: Path) -> None:
             axes.fill_between(
                 x, [s.low for s in spreads], [s.high for s in spreads], alpha=0.15, color=line.get_color()
             )
-        if curve.logarithmic:
-            axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_xscale("symlog", base=2, linthresh=1)
         axes.set_ylim(bottom=0)
         axes.set_title(curve.title)
         axes.set_xlabel(curve.x)

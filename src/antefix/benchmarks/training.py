@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from antefix.attach import attached
 from antefix.attention.hook import routed
@@ -106,8 +107,8 @@ class OurTraining:
 
     def matrix_peak(self) -> float:
         """The best GFLOP/s of a matrix product of this model's shapes, in its precision, in this process."""
-        linear = [m for m in self._base.model.modules() if isinstance(m, torch.nn.Linear)]
-        shapes = {(m.in_features, m.out_features) for m in linear}
+        layers = [m for m in self._base.model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+        shapes = {(m.weight.shape[1], m.weight.shape[0]) for m in layers}  # as multiplied, or the same transposed
         return matrix_peak_gflops(shapes, (256, 512, 1024), self._base.model.dtype)
 
     def peak_mib(self, seed: int) -> float:

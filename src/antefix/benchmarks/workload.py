@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from antefix.base import Base, Dtype, load_base
 from antefix.data import read
@@ -82,7 +83,8 @@ def our_prefix(model: PreTrainedModel, slots: Tensor) -> MethodModule:
 def parameters_in_products(model: PreTrainedModel) -> tuple[int, int]:
     """How many weights the layers' matrix products have, and the output head's."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    products = (nn.Linear, Conv1D)
+    layers = sum(int(m.weight.numel()) for m in model.modules() if isinstance(m, products) and m is not head)
     return layers, sum(p.numel() for p in head.parameters())
 
 

@@ -93,8 +93,11 @@ def memory(
     Example: `antefix bench memory --data e2e-dataset.zip::trainset.csv --quick`
     """
     from antefix.benchmarks.memory import MemoryBench, bench_memory
+    from antefix.errors import BenchmarkError
 
-    (dtype,) = _precisions(precision)[:1]
+    if len(precisions := _precisions(precision)) > 1:
+        raise BenchmarkError(f"--precision {precision}: one of float32 and bfloat16 here")
+    (dtype,) = precisions
     settings = MemoryBench(
         base=base, data=_data(data), precision=dtype, pairs_per_step=(32,) if quick else (8, 16, 32, 64)
     )

@@ -5,6 +5,7 @@ A function of the seed and the step's number alone, so that a run can go on anyw
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,17 +106,18 @@ def _evenly(encoded: Encoded, rows: Sequence[Unit], token_budget: int, multiple_
     """The longest row first, always into the batch that is emptiest."""
     longest_first = sorted(rows, key=lambda row: _row_tokens(encoded, row), reverse=True)
     total = sum(_row_tokens(encoded, row) for row in rows)
-    counts = range(min(-(-total // token_budget), len(rows)), len(rows))
-    for count in (*(n for n in counts if n % multiple_of == 0), len(rows)):
+    count = min(-(-total // token_budget), len(rows))
+    while True:
+        count = min(-(-count // multiple_of) * multiple_of, len(rows))
         batches: list[list[Unit]] = [[] for _ in range(count)]
-        fed = [0] * count
+        fed = [(0, n) for n in range(count)]  # a heap: tokens, batch
         for row in longest_first:
-            emptiest = min(range(count), key=fed.__getitem__)
+            tokens, emptiest = fed[0]
             batches[emptiest].append(row)
-            fed[emptiest] += _row_tokens(encoded, row)
-        if all(tokens <= token_budget or len(batch) == 1 for tokens, batch in zip(fed, batches, strict=True)):
-            break
-    return batches
+            heapq.heapreplace(fed, (tokens + _row_tokens(encoded, row), emptiest))
+        if count == len(rows) or all(tokens <= token_budget or len(batches[n]) == 1 for tokens, n in fed):
+            return batches
+        count += max(1, count // 16)
 
 
 def _fitting(encoded: Encoded, unit: Unit, token_budget: int) -> list[Unit]:

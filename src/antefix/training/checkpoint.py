@@ -78,7 +78,7 @@ def load_checkpoint(
         raise TrainingError(f"{path}: not a readable checkpoint ({error}); remove it to start anew") from error
     if metadata.get("digest") != digest:
         raise TrainingError(
-            f"{path.parent} holds an unfinished run of another recipe (or of other data): finish that one, "
+            f"{path.parent} holds an unfinished run of another recipe (or data, or precision): finish that one, "
             "give this one another `run` folder, or start anew with --restart"
         )
     module.load_state_dict(_under("module.", tensors))

@@ -106,8 +106,14 @@ def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None) -> Ba
 
 
 def _probe_unit(data: Encoded) -> Unit:
-    longest = max(range(len(data.examples)), key=lambda n: (min(len(data.examples[n].targets), 2), -n))
-    return Unit(longest, tuple(range(min(len(data.examples[longest].targets), 2))))
+    """Two targets of one source, of the longest: a window must be at work where there is one."""
+
+    def size(n: int) -> tuple[int, int]:
+        example = data.examples[n]
+        return min(len(example.targets), 2), len(example.source) + sum(len(t) for t in example.targets[:2])
+
+    chosen = max(range(len(data.examples)), key=size)
+    return Unit(chosen, tuple(range(min(len(data.examples[chosen].targets), 2))))
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

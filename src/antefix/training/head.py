@@ -19,6 +19,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -38,9 +39,11 @@ def label_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 
     """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if _only_multiplies(head) and model not in _do_more:
-        hidden_UH, is_all = _hidden_states(model, head, batch)
-        if is_all:
-            multiply = product if takes_onednn(head, hidden_UH) else nn.functional.linear
+        hidden_UH, first_logits = _hidden_states(model, head, batch)
+        multiply: Callable[..., Tensor] = product if takes_onednn(head, hidden_UH) else nn.functional.linear
+        with torch.no_grad():
+            as_multiplied = multiply(hidden_UH[:1], head.weight, head.bias)
+        if torch.equal(first_logits, as_multiplied.float()):
             return _FrozenHead.apply(  # type: ignore[no-untyped-call,no-any-return]
                 hidden_UH, head.weight, head.bias, batch.row, batch.label, label_smoothing, multiply
             )
@@ -67,15 +70,15 @@ def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _only_multiplies(head: nn.Module) -> bool:
-    return (
-        type(head) in (nn.Linear, FrozenLinear) and type(head.weight) is nn.Parameter and not head.weight.requires_grad
-    )
+    if type(head) not in (nn.Linear, FrozenLinear) or type(head.weight) is not nn.Parameter:
+        return False
+    return not any(parameter.requires_grad for parameter in head.parameters())
 
 
-def _hidden_states(model: PreTrainedModel, head: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
-    """What the head gets at the batch's positions (U, H), and whether its output is all there is to logits.
+def _hidden_states(model: PreTrainedModel, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the head gets at the batch's positions (U, H), and what the model makes of the first of them (1, V).
 
-    The head itself gets one row: what the model makes of its output shows that.
+    The head itself gets that row alone.
     """
     kept: list[Tensor] = []
 
@@ -83,14 +86,9 @@ def _hidden_states(model: PreTrainedModel, head: nn.Module, batch: Batch) -> tup
         kept.append(states.reshape(-1, states.shape[-1])[batch.positions])
         return kept[0][:1]
 
-    handle = head.register_forward_hook(lambda module, args, output: kept.append(output))
-    try:
-        with _input_of(head, first_row):
-            logits = _forward(model, batch)
-    finally:
-        handle.remove()
-    hidden_UH, output = kept
-    return hidden_UH, torch.equal(logits.reshape(1, -1).float(), output.float())
+    with _input_of(head, first_row):
+        logits = _forward(model, batch)
+    return kept[0], logits.reshape(1, -1).detach().float()
 
 
 def _forward(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -149,6 +147,7 @@ class _FrozenHead(torch.autograd.Function):
         return losses_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         of_normaliser_UH, weight_VH, row_N, label_N = ctx.saved_tensors
         e = ctx.label_smoothing

@@ -41,11 +41,16 @@ class KeptSources:
         self._kept: dict[int, dict[nn.Module, tuple[Tensor, Tensor]]] = {}
         _check_window(model, encoded)
         _check_memory(model, encoded)
+        # Always the same sources are read together, whatever asks for one of them first: what a source's states are
+        # rounded to must not depend on where a run was resumed.
+        self._group_of = {n: group for group in self._groups() for n in group}
 
     def before(self, units: Sequence[Unit]) -> dict[nn.Module, KeySet]:
         """By attention module: what stands before the trees of these units, (N, G, S, D) and (N, G, S, E)."""
         examples = [unit.example for unit in units]
-        self._read(sorted({n for n in examples if self.rest.examples[n].num_before > 0} - self._kept.keys()))
+        for n in examples:
+            if n in self._group_of and n not in self._kept:
+                self._read(self._group_of[n])
         lengths_N = torch.tensor([self.rest.examples[n].num_before for n in examples])
         longest = int(lengths_N.max())
         if longest == 0:
@@ -63,33 +68,32 @@ class KeptSources:
         return sets
 
     @torch.no_grad()
-    def _read(self, examples: Sequence[int]) -> None:
+    def _read(self, group: Sequence[int]) -> None:
         """Read sources through the bare base."""
+        sources = [self._encoded.examples[n].source[:-1] for n in group]
+        ids, mask = (x.to(self._model.device) for x in right_padded(sources, pad=0))
         rows, self._attachment.rows = self._attachment.rows, [BARE]
         try:
-            for batch in self._batches(examples):
-                sources = [self._encoded.examples[n].source[:-1] for n in batch]
-                ids, mask = (x.to(self._model.device) for x in right_padded(sources, pad=0))
-                with recording(self._model) as calls:
-                    self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-                for place, (n, source) in enumerate(zip(batch, sources, strict=True)):
-                    self._kept[n] = {
-                        c.module: (_tokens_first(c.key, place, len(source)), _tokens_first(c.value, place, len(source)))
-                        for c in calls
-                    }
+            with recording(self._model) as calls:
+                self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
             self._attachment.rows = rows
+        for place, (n, source) in enumerate(zip(group, sources, strict=True)):
+            self._kept[n] = {
+                c.module: (_tokens_first(c.key, place, len(source)), _tokens_first(c.value, place, len(source)))
+                for c in calls
+            }
 
-    def _batches(self, examples: Sequence[int]) -> list[list[int]]:
-        """Sources of like lengths together, within the token budget."""
-        batches: list[list[int]] = []
-        for n in sorted(examples, key=lambda n: -len(self._encoded.examples[n].source)):
-            longest = len(self._encoded.examples[batches[-1][0]].source) if batches else 0
-            if batches and (len(batches[-1]) + 1) * longest <= self._tokens_per_batch:
-                batches[-1].append(n)
+    def _groups(self) -> list[list[int]]:
+        """Sources of like lengths, within the token budget; those of a single token need no reading."""
+        groups: list[list[int]] = []
+        lengths = {n: e.num_before for n, e in enumerate(self.rest.examples) if e.num_before > 0}
+        for n in sorted(lengths, key=lambda n: -lengths[n]):
+            if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= self._tokens_per_batch:
+                groups[-1].append(n)
             else:
-                batches.append([n])
-        return batches
+                groups.append([n])
+        return groups
 
 
 def _rest_of(example: EncodedExample) -> EncodedExample:
@@ -114,8 +118,8 @@ def _check_memory(model: PreTrainedModel, encoded: Encoded) -> None:
     values_a_token = sum(s.num_key_value_heads * (s.key_width + s.value_width) for s in find_sites(model).attention)
     num_tokens = sum(len(e.source) - 1 for e in encoded.examples)
     needed, free = num_tokens * values_a_token * model.dtype.itemsize, psutil.virtual_memory().available
-    if needed > free:
+    if 2 * needed > free:  # there is a dev set as well, and there may be other processes
         raise TrainingError(
             f"keep_source_states: {num_tokens:,} source tokens take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB "
-            "are free; leave it out"
+            "are free, and half of them must stay so; leave it out"
         )

@@ -140,10 +140,11 @@ def train_loop(
             batches = feed.parts(units, multiple_of=accelerator.num_processes)
             loss = torch.zeros((), device=accelerator.device)
             for number, part in shared(list(enumerate(batches))):
+                batch = feed.batch(part)  # before the seed: it may read sources
                 # Every draw is a function of the seed, the step and the pass in it: a resumed run draws the same, and
                 # processes draw what one would.
                 torch.manual_seed(recipe.seed * 1_000_003 + progress.step + number * 15_485_863)
-                losses = pair_losses(model, feed.batch(part), recipe.label_smoothing)
+                losses = pair_losses(model, batch, recipe.label_smoothing)
                 part_loss = reduce_losses(losses, size, recipe.loss_reduction)
                 part_loss.backward()  # type: ignore[no-untyped-call]
                 loss += part_loss.detach()

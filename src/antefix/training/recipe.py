@@ -65,7 +65,7 @@ class TrainingRecipe(_Section):
     """Source/target pairs an optimiser step."""
     targets_per_row: int = Field(2, ge=1)
     """At most so many targets of one source stand in one row: more is faster, fewer mixes sources better. Two learn as
-    much a pair as one does; from three on it shows."""
+    much a pair as one does (see the results in the documentation)."""
     packed: bool | None = None
     """Packed rows; None: wherever the base can (it is asked once, by comparing)."""
     tokens_per_batch: int = Field(1024, ge=1)

@@ -22,12 +22,12 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
 
     Raises TrainingError for a base that transformers cannot do this with.
     """
-    before = _silence_dropouts(model)
     modes = {module: module.training for module in model.modules()}
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise TrainingError(f"activation_checkpointing = true, but {type(model).__name__} has none: {error}") from error
+    before = _silence_dropouts(model)
     for module in _base_modules(model):
         module.training = True
     try:

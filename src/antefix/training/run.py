@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from antefix.base import Base, load_base
+from antefix.base import Base, load_base, native_precision
 from antefix.data import read, sample_pairs, split_examples
 from antefix.data.encode import Encoded, Limits, encode
 from antefix.data.example import Example
@@ -24,7 +24,7 @@ from antefix.methods import method_class
 from antefix.methods.base import MethodConfig, MethodModule
 from antefix.metrics import load, score
 from antefix.prefix import BaseRecord, Card, Prefix
-from antefix.processes import failing_together, is_main, rejoined, shared
+from antefix.processes import failing_together, is_main, on_processor, rejoined, shared
 from antefix.settings import validated
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import Journal
@@ -113,7 +113,10 @@ def recipe_examples(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example
 
 def recipe_base(recipe: Recipe) -> Base:
     """Load the base a recipe names."""
-    return load_base(recipe.base, dtype=recipe.dtype, revision=recipe.base_revision)
+    dtype = recipe.dtype
+    if dtype == "native":  # of the device that Accelerate will train on
+        dtype = native_precision("cpu" if on_processor() else "auto")
+    return load_base(recipe.base, dtype=dtype, revision=recipe.base_revision)
 
 
 def prepare_recipe(
