@@ -29,6 +29,7 @@ from typing import Any
 
 import antefix
 from antefix.data import sample_pairs
+from antefix.methods import method_class
 from antefix.training.recipe import TrainingRecipe
 
 from arms import ARMS, Schedule, encoded, pairs_of, scored, trained  # isort: skip
@@ -37,7 +38,7 @@ from units import ROOT, Unit, announce, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "beside_peft"
 RATES: dict[str, tuple[float, float, float]] = {
-    "ours": (1e-2, 2e-2, 5e-2),
+    "ours": (2e-2, 5e-2, 1e-1),
     "ours_network": (5e-5, 2e-4, 1e-3),
     "peft_prefix": (2e-2, 5e-2, 1e-1),
     "peft_prefix_text": (1e-2, 2e-2, 5e-2),
@@ -124,8 +125,10 @@ def run_untouched(e2e: Path, arm_name: str, seed: int) -> dict[str, Any]:
     train, dev = (pairs_of(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
     if arm_name == "ours":
         recipe = TrainingRecipe()
+        method = method_class("prefix_tuning")
         schedule = Schedule(
-            learning_rate=2e-2, pairs_seen=1000, seed=seed, pairs_per_step=recipe.pairs_per_step,
+            learning_rate=method.default_learning_rate(method.Config()), pairs_seen=1000, seed=seed,
+            pairs_per_step=recipe.pairs_per_step,
             targets_per_row=recipe.targets_per_row,
         )  # fmt: skip
     else:

@@ -40,7 +40,7 @@ def main() -> None:
 
 def run(e2e: Path, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": seed}
-    schedule = Schedule(learning_rate=2e-2, pairs_seen=1000, seed=seed, evaluate_every=None)
+    schedule = Schedule(learning_rate=5e-2, pairs_seen=1000, seed=seed, evaluate_every=None)
     bases = {dtype: antefix.load_base("smollm2-135m", dtype=dtype) for dtype in PRECISIONS}
     train, dev = (
         pairs_of(bases["float32"], f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200))

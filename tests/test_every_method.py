@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from antefix.attach import attached
 from antefix.base import Base
 from antefix.methods import METHODS, method_class
+from antefix.parts.key_value import KeyValue
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.sites import find_sites
 from antefix.training.recompute import recomputing
@@ -77,9 +79,21 @@ def test_all_of_the_prefix_moves_and_nothing_of_the_base(architecture: str, vari
 def test_every_slot_of_every_site_gets_a_gradient(architecture: str, method: str) -> None:
     base = tiny_base(architecture)
     module = tiny_method(base, method)
+    made: list[Mapping[str, KeyValue]] = []
+    plain = module.slots
+
+    def watched() -> Mapping[str, KeyValue]:
+        made.append(plain())
+        for pair in made[-1].values():
+            for tensor in pair:
+                if tensor.requires_grad:
+                    tensor.retain_grad()
+        return made[-1]
+
+    module.slots = watched  # type: ignore[method-assign]
     with attached(base.model, module):
         loss_of(base, tiny_batch(architecture, "right")).backward()
-    slots = module.slots()
+    slots = made[-1]
     kinds = None if method != "infix" else ("self", "cross")  # three kinds on encoder-decoders, but for infix-tuning
     assert set(slots) == {s.name for s in find_sites(base.model).of_kinds(kinds)}
     for name, pair in slots.items():

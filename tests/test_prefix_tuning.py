@@ -15,7 +15,7 @@ from antefix.attach import attached
 from antefix.errors import PrefixError
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.initial import random_slots
-from antefix.parts.key_value import DirectSlots, NetworkSlots
+from antefix.parts.key_value import DirectSlots, KeyValue, NetworkSlots
 from antefix.sites import Kind, Site, find_sites, record_text
 
 
@@ -222,11 +222,30 @@ def test_dropout_acts_on_slots_while_training_only() -> None:
     assert torch.equal(module.eval().slots()["layers.0.self"].key_GPD, kept)
 
 
+def test_direct_slots_are_learned_relative_to_their_size() -> None:
+    """Ten times as large a start moves ten times as far (to a power of two), and is kept to the last bit."""
+    base = tiny_base("llama")
+    sites = find_sites(base.model).attention
+    start = random_slots(sites, 4, "normal", 1.0)
+    sizes = {s.name: 10.0 ** (n - 1) for n, s in enumerate(sites)}
+    start = {name: KeyValue(k * sizes[name], v / sizes[name]) for name, (k, v) in start.items()}
+    slots = DirectSlots(sites, start, relative=True)
+    for name, pair in slots().items():
+        assert all(torch.equal(found, wanted) for found, wanted in zip(pair, start[name], strict=True))
+    optimiser = torch.optim.Adam(slots.parameters(), lr=1e-2)
+    sum(t.sum() for pair in slots().values() for t in pair).backward()
+    optimiser.step()
+    for name, pair in slots().items():
+        for found, before, size in zip(pair, start[name], (sizes[name], 1 / sizes[name]), strict=True):
+            moved = float((before - found).detach().mean())
+            assert 0.6e-2 * size < moved < 1.7e-2 * size
+
+
 def test_the_learning_rate_fits_the_parametrisation() -> None:
     rates = {
         p: PrefixTuning.default_learning_rate(PrefixTuningConfig(parametrisation=p)) for p in ("direct", "network")
     }
-    assert rates == {"direct": 2e-2, "network": 5e-5}
+    assert rates == {"direct": 5e-2, "network": 5e-5}
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def test_without_a_space_the_learning_rate_is_searched() -> None:
     results = found("--trials", "3")
     (key, values), *others = results["space"].items()
     assert not others
-    assert (key, values) == ("training.learning_rate", {"low": 2e-3, "high": 0.2, "log": True})
+    assert (key, values) == ("training.learning_rate", {"low": 5e-3, "high": 0.5, "log": True})
 
 
 def test_a_trial_without_a_finite_loss_has_failed_and_the_search_goes_on() -> None:

@@ -84,8 +84,8 @@ class PrefixTuning(nn.Module):
 
     @classmethod
     def default_learning_rate(cls, config: PrefixTuningConfig) -> float:
-        """2e-2 for direct slots; 5e-5 through a network (the paper's grid is 1e-5, 5e-5, 8e-5)."""
-        return 2e-2 if config.parametrisation == "direct" else 5e-5
+        """5e-2 for direct slots, relative to their size; 5e-5 through a network (the paper: 1e-5, 5e-5 or 8e-5)."""
+        return 5e-2 if config.parametrisation == "direct" else 5e-5
 
     @classmethod
     def build(cls, base: Base, config: PrefixTuningConfig) -> PrefixTuning:
@@ -97,7 +97,7 @@ class PrefixTuning(nn.Module):
         start = _start(base, chosen, config)
         num_slots = next(iter(start.values())).key_GPD.shape[1]
         if config.parametrisation == "direct":
-            slots: DirectSlots | NetworkSlots = DirectSlots(chosen, start)
+            slots: DirectSlots | NetworkSlots = DirectSlots(chosen, start, relative=True)
         else:
             slots = cls.network(sites, config, num_slots)
             if config.initial in ("text", "prefix"):

@@ -1,13 +1,15 @@
 """Key/value slots: the learned keys and values that a prefix adds at attention sites.
 
-Two parametrisations of the same thing. `DirectSlots` learns them as they are. `NetworkSlots` learns an
-embedding and a small network that produces them (Li & Liang 2021, section 4.3) and is folded when kept.
+Two parametrisations of the same thing. `DirectSlots` learns them as they are, or as multiples of the size that they
+start with. `NetworkSlots` learns an embedding and a small network that produces them (Li & Liang 2021, section 4.3) and
+is folded when kept.
 
 Axes: P slots, G key/value heads, D key width, E value width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -29,16 +31,35 @@ Slots = Mapping[str, KeyValue]
 
 
 class DirectSlots(nn.Module):
-    """Keys and values that are parameters themselves."""
+    """Keys and values that are parameters themselves, or multiples of them.
 
-    def __init__(self, sites: Iterable[Site], initial: Slots) -> None:
+    relative: a parameter is a tensor divided by its own size at the start (the root mean square, as a power of two:
+    nothing is rounded). Keys and values of one base differ in size by up to fifty times, and Adam moves every parameter
+    by the learning rate, whatever its size: so one learning rate fits all of them, and other bases as well.
+    """
+
+    def __init__(self, sites: Iterable[Site], initial: Slots, *, relative: bool = False) -> None:
         super().__init__()
         self._names = [site.name for site in sites]
-        self.keys = nn.ParameterList(initial[name].key_GPD.clone() for name in self._names)
-        self.values = nn.ParameterList(initial[name].value_GPE.clone() for name in self._names)
+        tensors = [[initial[name][part] for name in self._names] for part in (0, 1)]
+        self.scales = [[_size(t) if relative else 1.0 for t in of_part] for of_part in tensors]
+        self.keys, self.values = (
+            nn.ParameterList(t / scale for t, scale in zip(of_part, scales, strict=True))
+            for of_part, scales in zip(tensors, self.scales, strict=True)
+        )
 
     def forward(self) -> dict[str, KeyValue]:
-        return {n: KeyValue(k, v) for n, k, v in zip(self._names, self.keys, self.values, strict=True)}
+        keys, values = (
+            [p if scale == 1.0 else p * scale for p, scale in zip(parameters, scales, strict=True)]
+            for parameters, scales in zip((self.keys, self.values), self.scales, strict=True)
+        )
+        return {n: KeyValue(k, v) for n, k, v in zip(self._names, keys, values, strict=True)}
+
+
+def _size(tensor: Tensor) -> float:
+    """The power of two next to the root mean square; 1 for zeros."""
+    mean_square = float(tensor.detach().double().square().mean())
+    return 2.0 ** round(math.log2(mean_square) / 2) if mean_square > 0 else 1.0
 
 
 class NetworkSlots(nn.Module):
