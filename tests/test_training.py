@@ -272,10 +272,9 @@ def test_activation_checkpointing_recomputes_and_changes_nothing() -> None:
 
 def test_the_best_step_is_kept_and_patience_ends_the_run() -> None:
     reports: list[StepReport] = []
-    prefix = run(
-        prepared(tiny_base("llama"), max_steps=40, evaluations=20, patience=2, learning_rate=300.0),
-        watch=reports.append,
-    )
+    wild = {"learning_rate": 100, "schedule": "constant"}
+    ready = prepared(tiny_base("llama"), max_steps=40, evaluations=40, patience=1, **wild)
+    prefix = run(ready, watch=reports.append)
     scored = {r.step: r.dev_scores["dev_loss"] for r in reports if r.dev_scores}
     assert prefix.card.training["stopped_early"]
     assert prefix.card.training["steps"] == max(scored) < 40
