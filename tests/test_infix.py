@@ -123,6 +123,25 @@ def test_recomputed_layers_have_the_roles_of_their_own_pass_or_none() -> None:
         base.model(ids).logits.square().mean().backward()
 
 
+def test_an_evaluation_between_recomputed_steps_is_in_nobodys_way() -> None:
+    """Other roles and no dropout there; nor does training without recomputation before it matter."""
+    base, ids = tiny_base("llama"), rows()
+    module = tiny_method(base, "infix", parametrisation="network", hidden_width=9, dropout=0.3)
+    with attached(base.model, module) as attachment:
+        for step in range(3):
+            attachment.source_lengths = 3 + step
+            base.model(ids).logits.square().mean().backward()
+        with recomputing(base.model):
+            for _ in range(2):
+                with torch.no_grad():
+                    attachment.source_lengths = 7
+                    module.eval()
+                    base.model(ids)
+                attachment.source_lengths = 4
+                module.train()
+                base.model(ids).logits.square().mean().backward()
+
+
 def test_what_is_not_known_is_asked_for() -> None:
     base = tiny_base("llama")
     with attached(base.model, tiny_method(base, "infix")) as attachment:

@@ -297,7 +297,7 @@ class Attachment:
             if any(self._for_targets):
                 self._knows_targets, self._is_target = targets_in(args, kwargs, self._source_lengths)
             slots = [t for of_module in self._live or [] for pair in of_module.values() for t in pair]
-            self.passes.enter([*slots, self._is_target])
+            self.passes.enter([*slots, self._is_target], recomputes=self._model.is_activation_checkpointing)
 
     def _check_routed(self, module: nn.Module, args: Any) -> None:
         if not self._hooked.is_routed:

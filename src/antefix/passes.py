@@ -15,20 +15,27 @@ from antefix.errors import PrefixError
 
 
 class Passes:
-    """The forward passes since the last one that was computed again."""
+    """The forward passes that may still be computed again, and what the latest pass left."""
 
     def __init__(self) -> None:
-        self._left: list[Tensor | None] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pending: list[Tensor | None] | None = None  # what the first pass left whose backward pass is to come
         self._differ = False
         self._is_over = False
 
-    def enter(self, left: Sequence[Tensor | None]) -> None:
-        """A forward pass begins, and leaves these."""
-        if self._is_over:
-            self._left, self._differ, self._is_over = None, False, False
+    def enter(self, left: Sequence[Tensor | None], *, recomputes: bool) -> None:
+        """A forward pass begins, and leaves these. recomputes: whether the model's layers are computed again at all."""
+        if self._is_over or not recomputes:
+            self._forget()
+        if not recomputes:
+            return
         detached = [None if t is None else t.detach() for t in left]
-        self._differ = self._differ or (self._left is not None and not _equal(self._left, detached))
-        self._left = detached
+        if self._pending is not None:
+            self._differ = self._differ or not _equal(self._pending, detached)
+        elif torch.is_grad_enabled():
+            self._pending = detached
 
     def look(self) -> None:
         """Somebody looks at what was left. Raises PrefixError where it may not be his."""
