@@ -140,6 +140,8 @@ def test_an_evaluation_between_recomputed_steps_is_in_nobodys_way() -> None:
                 attachment.source_lengths = 4
                 module.train()
                 base.model(ids).logits.square().mean().backward()
+                assert all(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+                module.zero_grad()
 
 
 def test_what_is_not_known_is_asked_for() -> None:
