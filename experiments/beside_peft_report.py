@@ -164,6 +164,7 @@ def plot_low(summary: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xticks([50, 100, 200, 500], ["50", "100", "200", "500"])
+    axes.minorticks_off()
     axes.set_xlabel("training pairs")
     axes.set_ylabel("BLEU (100 test inputs, greedy)")
     axes.legend(frameon=False)
