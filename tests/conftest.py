@@ -36,6 +36,7 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from antefix.attach import current_attachment
+from antefix.attention.branch import Condition
 from antefix.base import Base
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodModule
@@ -181,13 +182,50 @@ def is_output(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return batch["attention_mask"].bool() if decoder_ids is None else torch.ones_like(decoder_ids).bool()
 
 
+_SLOTS: dict[str, Any] = {"num_virtual_tokens": 5, "initial": "normal", "initial_scale": 1.0}
 METHOD_CONFIGS: dict[str, dict[str, Any]] = {
-    "infix": {"num_virtual_tokens": 5, "initial": "normal", "initial_scale": 1.0},
-    "prefix_tuning": {"num_virtual_tokens": 5, "initial": "normal", "initial_scale": 1.0},
+    "apt": _SLOTS,
+    "hierarchical_blocking": {**_SLOTS, "target_tokens": 3},
+    "inducer": {"initial_scale": 0.5},
+    "infix": _SLOTS,
+    "llama_adapter": {"num_virtual_tokens": 5, "initial_gate": 0.7},
+    "ntk_attention": {"initial_scale": 1.0},
+    "pip_direct": _SLOTS,
+    "pip_indirect": _SLOTS,
+    "prefix_memory": {"initial_scale": 0.5},
+    "prefix_propagation": {"num_virtual_tokens": 5, "initial_scale": 1.0},
+    "prefix_tuning": _SLOTS,
+    "prompt_tuning": {"num_virtual_tokens": 5, "initial": "uniform", "initial_scale": 2.0},
+    "sparse_prefix": {**_SLOTS, "top_k": 3},
 }
 """For every method of the table a config under which it matters from the start, on any tiny model."""
 
 METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "apt": {
+        "short": {"num_virtual_tokens": 2},
+        "mean": {"gate_from": "mean"},
+        "first, no layer gate": {"gate_from": "first", "layer_gate": False},
+        "no hidden state": {"hidden_state": False},
+        "no token gate": {"token_gate": False},
+    },
+    "hierarchical_blocking": {"short": {"num_virtual_tokens": 3}, "uniform": {"blocks": 3, "blocked_layers": 1.0}},
+    "inducer": {
+        "narrow": {"value_width": 2},
+        "before the projection": {"value_extension": False, "key_width": 0},
+        "share": {"value_extension": False, "gating_ablation": True},
+    },
+    "llama_adapter": {"short": {"num_virtual_tokens": 2}, "top, raw": {"top_layers": 1, "gate": "raw"}},
+    "ntk_attention": {"low rank": {"rank": 2}, "softplus": {"mass": "softplus"}},
+    "pip_direct": {"short": {"num_virtual_tokens": 2}, "network": {"parametrisation": "network", "hidden_width": 9}},
+    "pip_indirect": {"short": {"num_virtual_tokens": 2}, "along the sequence": {"cosine_axis": "sequence"}},
+    "prefix_memory": {"after the projection": {"place": "after_projection"}, "gelu": {"feature_map": "gelu"}},
+    "prefix_propagation": {"short": {"num_virtual_tokens": 2}},
+    "prompt_tuning": {"short": {"num_virtual_tokens": 2}, "vocabulary": {"initial": "vocabulary"}},
+    "sparse_prefix": {
+        "short": {"num_virtual_tokens": 2, "top_k": 1},
+        "top-p, blocks": {"top_k": None, "top_p": 0.6, "blocks": 2, "target_tokens": 3},
+        "soft": {"top_k": None},
+    },
     "infix": {"short": {"num_virtual_tokens": 2}, "network": {"parametrisation": "network", "hidden_width": 9}},
     "prefix_tuning": {
         "short": {"num_virtual_tokens": 2},
@@ -198,7 +236,11 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 """For every method the changes to METHOD_CONFIGS under which it is swept; the first makes a prefix of another size."""
 
 
-NOT_ON = {"infix": ENCODER_ONLY}
+NOT_ON = {
+    "infix": ENCODER_ONLY,
+    "pip_direct": (*DECODER_ONLY, *ENCODER_ONLY, "t5"),  # a state of this T5 does not split into its heads
+    "pip_indirect": (*DECODER_ONLY, *ENCODER_ONLY, "t5"),
+}
 """Architectures that a method is not for."""
 
 SOURCE_COLUMNS = 5
@@ -206,10 +248,19 @@ SOURCE_COLUMNS = 5
 
 
 def tell_sources(base: Base, columns: int | Sequence[int] = SOURCE_COLUMNS) -> None:
-    """Tell what is attached where the sources end."""
+    """Tell what is attached where the sources end, and a second text, the same for all rows, if it needs one."""
     attachment = current_attachment(base.model)
-    if attachment is not None:
-        attachment.source_lengths = columns
+    if attachment is None:
+        return
+    attachment.source_lengths = columns
+    if (length := attachment.condition_length) is not None:
+        attachment.condition = tiny_condition(length)
+
+
+def tiny_condition(length: int) -> Condition:
+    """States of a second text that ends before its last place."""
+    states = torch.randn(1, length, HEADS * WIDTH, generator=torch.Generator().manual_seed(5))
+    return Condition(states, torch.arange(length)[None] < max(length - 1, 1))
 
 
 def tiny_method(base: Base, method: str = "prefix_tuning", seed: int = 1, **config: Any) -> MethodModule:

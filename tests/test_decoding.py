@@ -9,7 +9,8 @@ import torch
 from conftest import CONTEXT, DECODER_ONLY, ENCODER_DECODER, tell_sources, tiny_base, tiny_batch, tiny_method, tiny_pair
 from torch import Tensor, nn
 
-from antefix.attach import Attachment, attached
+from antefix.attach import attached
+from antefix.attachment import Attachment
 from antefix.base import Base
 from antefix.errors import GenerationError, PrefixError
 from antefix.generation import Decoding, generate

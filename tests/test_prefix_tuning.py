@@ -20,7 +20,9 @@ from antefix.sites import Kind, Site, find_sites, record_text
 
 
 def sites_of(layers: int, heads: int, width: int, kinds: tuple[Kind, ...] = ("self",)) -> list[Site]:
-    return [Site(n, kind, "", heads, heads, width, width) for kind in kinds for n in range(layers)]
+    return [
+        Site(n, kind, "", heads, heads, width, width, heads * width, "", None) for kind in kinds for n in range(layers)
+    ]
 
 
 GPT2_SMALL = transformers.GPT2Config()

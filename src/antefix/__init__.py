@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from antefix.attach import Attachment, attached
+    from antefix.attach import attached
+    from antefix.attachment import Attachment
     from antefix.bank import Bank
     from antefix.base import Base, load_base
     from antefix.data import Chat, Example, Message, Table, Triples, read
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "AntefixError": "antefix.errors",
-    "Attachment": "antefix.attach",
+    "Attachment": "antefix.attachment",
     "Bank": "antefix.bank",
     "Base": "antefix.base",
     "Card": "antefix.prefix",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antefix.attention.branch import Places
 from antefix.attention.forest import Forest, forest_of, is_forest
 from antefix.errors import PrefixError
 
@@ -15,26 +16,109 @@ _NO_LABEL = -100
 """As transformers' models mark tokens that carry no loss."""
 
 
-def targets_in(args: Any, kwargs: dict[str, Any], source_lengths: Tensor | None) -> tuple[bool, Tensor | None]:
-    """Whether it is known which tokens are a target's, and which are: (B, T), None for all.
+def target_begins(args: Any, kwargs: dict[str, Any], source_lengths: Tensor | None) -> Tensor | None:
+    """The column of every row, what is cached included, from which on it is a target's: (B, 1); None: nobody knows.
 
     source_lengths: columns of source, of all rows or of each, repeated for beams; None: as the labels say. Raises
     PrefixError for a batch of another size, and for labels that do not say it.
     """
-    num_rows, length = tokens_of(args, kwargs).shape[:2]
-    past = num_cached(kwargs)
+    num_rows = len(tokens_of(args, kwargs))
     if source_lengths is None:
         labels: Tensor | None = kwargs.get("labels")
         if labels is None:
-            return False, None
-        first = past + _first_labelled(labels)
+            return None
+        first = num_cached(kwargs) + _first_labelled(labels)
     else:
         if num_rows % len(source_lengths):
             raise PrefixError(f"the batch has {num_rows} rows, attachment.source_lengths has {len(source_lengths)}")
         first = source_lengths.repeat_interleave(num_rows // len(source_lengths))
-    column = torch.arange(past, past + length, device=first.device)
-    is_target = column >= first[:, None] - 1  # a source's last token predicts a target's first
-    return True, None if bool(is_target.all()) else is_target
+    return (first[:, None] - 1).clamp(min=0)  # a source's last token predicts a target's first
+
+
+def targets_in(args: Any, kwargs: dict[str, Any], begins_B1: Tensor) -> Tensor | None:
+    """Which of the columns that are fed are a target's: (B, T), None for all."""
+    past, length = num_cached(kwargs), tokens_of(args, kwargs).shape[1]
+    is_target = torch.arange(past, past + length, device=begins_B1.device) >= begins_B1
+    return None if bool(is_target.all()) else is_target
+
+
+def text_places(args: Any, kwargs: dict[str, Any], begins_B1: Tensor) -> Places:
+    """Where the tokens of a decoder without an encoder stand."""
+    ids, past = tokens_of(args, kwargs), num_cached(kwargs)
+    num_rows, length = ids.shape[:2]
+    mask = _mask_of(kwargs, num_rows, past + length, ids.device)
+    count, column = mask.cumsum(1), torch.arange(past + length, device=ids.device)
+    source_length = (mask * (column < begins_B1)).sum(1, keepdim=True)
+    real, index, is_target = (x[:, -length:] for x in (mask.bool(), count - 1, column >= begins_B1))
+    return Places(
+        is_source=real & ~is_target,
+        is_target=real & is_target,
+        index=torch.where(is_target, index - source_length, index).clamp(min=0),
+        source_length=source_length.expand(num_rows, length),
+        text=_rows(num_rows, length, ids.device),
+        num_texts=num_rows,
+        begins=past == 0,
+    )
+
+
+def forest_places(forest: Forest, kwargs: dict[str, Any]) -> Places:
+    """Where the tokens of packed rows stand."""
+    position, tree, is_target = kwargs["position_ids"][0], forest.tree_of_token, forest.is_target
+    behind = torch.where(is_target, position, torch.iinfo(position.dtype).max)
+    source_length = torch.full((forest.num_trees,), torch.iinfo(position.dtype).max, device=position.device)
+    source_length = source_length.index_reduce(0, tree, behind, "amin")[tree]
+    return Places(
+        is_source=~is_target[None],
+        is_target=is_target[None],
+        index=torch.where(is_target, position - source_length, position)[None],
+        source_length=source_length[None],
+        text=tree[None],
+        num_texts=forest.num_trees,
+        begins=True,
+    )
+
+
+def encoder_places(args: Any, kwargs: dict[str, Any]) -> Places:
+    """Where the tokens of an encoder stand: all of them are a source's."""
+    ids = tokens_of(args, kwargs)
+    num_rows, length = ids.shape[:2]
+    mask = _mask_of(kwargs, num_rows, length, ids.device)
+    return Places(
+        is_source=mask.bool(),
+        is_target=torch.zeros_like(mask, dtype=torch.bool),
+        index=(mask.cumsum(1) - 1).clamp(min=0),
+        source_length=mask.sum(1, keepdim=True).expand(num_rows, length),
+        text=_rows(num_rows, length, ids.device),
+        num_texts=num_rows,
+        begins=True,
+    )
+
+
+def decoder_places(kwargs: dict[str, Any], num_rows: int, length: int, device: torch.device) -> Places:
+    """Where the tokens of an encoder-decoder's decoder stand: all of them are a target's."""
+    past = num_cached(kwargs)
+    nothing = torch.zeros(num_rows, length, dtype=torch.long, device=device)
+    return Places(
+        is_source=nothing.bool(),
+        is_target=~nothing.bool(),
+        index=nothing + torch.arange(past, past + length, device=device),
+        source_length=nothing,
+        text=_rows(num_rows, length, device),
+        num_texts=num_rows,
+        begins=past == 0,
+    )
+
+
+def _mask_of(kwargs: dict[str, Any], num_rows: int, length: int, device: torch.device) -> Tensor:
+    """1 for tokens, 0 for padding: (B, length)."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, :length].long()
+    return torch.ones(num_rows, length, dtype=torch.long, device=device)
+
+
+def _rows(num_rows: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(num_rows, device=device)[:, None].expand(num_rows, length)
 
 
 def _first_labelled(labels: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ import torch
 from transformers import PreTrainedModel, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from antefix.attach import current_attachment, sources_end
+from antefix.attach import current_attachment, told
+from antefix.attention.branch import Condition
 from antefix.base import Base
+from antefix.condition import read_condition
+from antefix.data.encode import encode_condition
 from antefix.data.example import Example, Source, Table, Triples
 from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
@@ -92,7 +95,8 @@ def generate_each(
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         with _rows_set(base, rows, batch):
-            new_ids = _generate_batch(base, [ids[i] for i in batch], arguments)
+            condition = _condition(base, [sources[i] for i in batch])
+            new_ids = _generate_batch(base, [ids[i] for i in batch], condition, arguments)
         for index, row in zip(batch, new_ids, strict=True):
             yield index, _cut(base, row, stop)
 
@@ -181,7 +185,21 @@ class _rows_set:  # noqa: N801 (a context manager, named like a function)
             self._attachment.rows = self._rows
 
 
-def _generate_batch(base: Base, ids: list[list[int]], arguments: dict[str, Any]) -> list[list[int]]:
+def _condition(base: Base, sources: Sequence[Example | Source]) -> Condition | None:
+    """The second texts of these sources, where what is attached needs them. Raises GenerationError without them."""
+    attachment = current_attachment(base.model)
+    length = None if attachment is None else attachment.condition_length
+    if length is None:
+        return None
+    if not all(isinstance(source, Example) for source in sources):
+        raise GenerationError("what is attached reads a second text for every source: give examples with a condition")
+    texts = [encode_condition(source, base.tokenizer, length) for source in sources if isinstance(source, Example)]
+    return read_condition(base.model, texts, length)
+
+
+def _generate_batch(
+    base: Base, ids: list[list[int]], condition: Condition | None, arguments: dict[str, Any]
+) -> list[list[int]]:
     longest = max(len(r) for r in ids)
     device = base.model.device
     pad = base.tokenizer.pad_token_id
@@ -192,7 +210,7 @@ def _generate_batch(base: Base, ids: list[list[int]], arguments: dict[str, Any])
         # A decoder goes on at the right end, so padding stands on the left; an encoder does not care.
         padded.append(row + [pad] * gap if is_encoder_decoder else [pad] * gap + row)
         mask.append([1] * len(row) + [0] * gap if is_encoder_decoder else [0] * gap + [1] * len(row))
-    with torch.no_grad(), sources_end(base.model, longest):
+    with torch.no_grad(), told(base.model, source_lengths=longest, condition=condition):
         out = base.model.generate(  # type: ignore[operator]
             input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device), **arguments
         )

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from antefix import atomic, strict_json
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
-from antefix.errors import DataError, PrefixFileError, RecipeError, WrongBaseError, nearest, one_line
+from antefix.errors import DataError, PrefixFileError, RecipeError, WrongBaseError, one_line
 from antefix.fingerprint import fingerprint
-from antefix.methods import METHODS, method_class
+from antefix.methods import method_class
 from antefix.methods.base import MethodModule
 from antefix.parts.initial import Positions
 from antefix.settings import validated
@@ -172,8 +172,6 @@ def _read_card_file(folder: Path) -> tuple[Card, str]:
         if not isinstance(sha256, str):
             raise ValueError(f"{_SHA256}: missing, or no text")
         card = Card.model_validate(content)
-        if card.method not in METHODS:
-            raise ValueError(f"unknown method '{card.method}': {nearest(card.method, METHODS)}")
         config = method_class(card.method).Config.model_validate(card.config).model_dump()
         if config.get("positions", card.positions) != card.positions:
             raise ValueError(f"positions: the card says {card.positions}, its config {config['positions']}")

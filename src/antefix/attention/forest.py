@@ -19,7 +19,7 @@ G key/value heads, D key width, E value width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from antefix.attention.attend import attend
-from antefix.attention.partial import KeySet, Mask, Scores, additive_of_slots, fused_kernel_fits
+from antefix.attention.attend import attend, attend_partial
+from antefix.attention.partial import KeySet, Mask, Partial, Scores, additive_of_slots, fused_kernel_fits
 
 NO_WINDOW = 2**31
 _ROOT = -1
@@ -115,6 +115,13 @@ class Forest:
             out_THE = self._attend_runs(query_THD, key_TGD, value_TGE, slots, scores)
         return out_THE.transpose(0, 1)[None]
 
+    def partial(self, query_1HTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Partial:
+        """The same with its normaliser."""
+        query, key, value = (x[0].transpose(0, 1) for x in (query_1HTD, tokens.key_BGSD, tokens.value_BGSE))
+        parts = [attend_partial(*of_runs, scores) for of_runs in self._by_group(query, key, value, slots)]
+        out, lse = (torch.cat([x.transpose(1, 2).flatten(0, 1) for x in xs]) for xs in zip(*parts, strict=True))
+        return Partial(*(x[self.place_of_token].transpose(0, 1)[None] for x in (out, lse)))
+
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, slots: Sequence[KeySet], scale: float) -> Tensor:
         num_rows = max((s.key_BGSD.shape[0] for s in slots), default=1)
         num_slots = sum(s.key_BGSD.shape[2] for s in slots)
@@ -160,14 +167,18 @@ class Forest:
     def _attend_runs(
         self, query: Tensor, key: Tensor, value: Tensor, slots: Sequence[KeySet], scores: Scores
     ) -> Tensor:
-        outs = []
+        outs = [attend(*of_runs, scores) for of_runs in self._by_group(query, key, value, slots)]
+        return torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outs])[self.place_of_token]
+
+    def _by_group(
+        self, query: Tensor, key: Tensor, value: Tensor, slots: Sequence[KeySet]
+    ) -> Iterator[tuple[Tensor, KeySet, list[KeySet]]]:
+        """Of every group: queries, tokens, and slots as they are seen."""
         for group in self.groups:
             rows = [x[i].transpose(1, 2) for x, i in ((query, group.queries), (key, group.keys), (value, group.keys))]
             mask, is_target = Mask(group.additive.to(query.dtype), None), self.is_target[group.queries]
             seen = [_of_trees(s, group.trees).seen_by(is_target) for s in slots]
-            out = attend(rows[0], KeySet(rows[1], rows[2], mask), seen, scores)
-            outs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs)[self.place_of_token]
+            yield rows[0], KeySet(rows[1], rows[2], mask), seen
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ into the cache, the mask or the token ids, and no method of the model is replace
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -21,20 +22,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from antefix.attention.attend import attend
-from antefix.attention.forest import forest_of, is_forest
-from antefix.attention.partial import KeySet, Mask, Scores
+from antefix.attention.attend import attend, attend_partial
+from antefix.attention.branch import Acting, Attention, Call, acted
+from antefix.attention.forest import Forest, forest_of, is_forest
+from antefix.attention.partial import KeySet, Mask, Partial, Scores
 from antefix.errors import BaseModelError
 
 SUPPORTED_IMPLEMENTATIONS = ("sdpa", "eager")
 _PREFIX = "antefix_"
-_SITE_ATTRIBUTE = "antefix_slots"
+_SITE_ATTRIBUTE = "antefix_at_site"
 _PREPARED_ATTRIBUTE = "antefix_prepared"
 _FOREIGN_TERMS = ("sinks", "indices", "block_indices")
 """What a few models hand their attention that changes its scores in ways `Scores` does not know."""
 
 
-class SiteSlots(Protocol):
+class AtSite(Protocol):
     """What an attachment puts at an attention module."""
 
     def key_sets(self, num_rows: int) -> list[KeySet]:
@@ -43,6 +45,22 @@ class SiteSlots(Protocol):
 
     def is_target(self, num_queries: int) -> Tensor | None:
         """Which queries are a target's, (B or 1, T), None for all; asked where some slots are for targets alone."""
+        ...
+
+    def acting(self, num_rows: int, forest: Forest | None) -> Sequence[Acting]:
+        """The branches of the rows, or of a forest's trees."""
+        ...
+
+    def call(self, query: Tensor, scores: Scores, tokens: Callable[[], Partial], memory: dict[str, Tensor]) -> Call:
+        """What a branch is asked with."""
+        ...
+
+    def seen(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        """The mask that these queries need."""
+        ...
+
+    def keep_residual(self, residual_BTC: Tensor | None) -> None:
+        """What is added behind the output projection of this call."""
         ...
 
 
@@ -54,17 +72,21 @@ class RecordedCall:
     query: Tensor
     key: Tensor
     value: Tensor
+    output: Tensor
+    """What the model gets back: (B, T, H, E)."""
 
 
 _recording: ContextVar[list[RecordedCall] | None] = ContextVar("antefix_recording", default=None)
+_projecting: ContextVar[bool] = ContextVar("antefix_projecting", default=False)
+_is_bare: ContextVar[bool] = ContextVar("antefix_bare", default=False)
 
 
-def put_slots(module: nn.Module, slots: SiteSlots | None) -> None:
-    """Attach slots to an attention module (None: detach)."""
-    if slots is None:
+def put_at_site(module: nn.Module, at_site: AtSite | None) -> None:
+    """Attach to an attention module (None: detach)."""
+    if at_site is None:
         module.__dict__.pop(_SITE_ATTRIBUTE, None)
     else:
-        module.__dict__[_SITE_ATTRIBUTE] = slots
+        module.__dict__[_SITE_ATTRIBUTE] = at_site
 
 
 class HookedModel:
@@ -130,6 +152,44 @@ def recording(model: nn.Module) -> Iterator[list[RecordedCall]]:
         _recording.reset(token)
 
 
+@contextmanager
+def bare() -> Iterator[None]:
+    """Inside, models are what they are without what is attached to them."""
+    token = _is_bare.set(True)
+    try:
+        yield
+    finally:
+        _is_bare.reset(token)
+
+
+def is_bare() -> bool:
+    """Whether what is attached is out of work; see `bare`."""
+    return _is_bare.get()
+
+
+class _Projected(Exception):  # noqa: N818 (no error: it ends a call whose rest nobody needs)
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key, value
+
+
+def projected(
+    model: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, G, S, D) that an attention module makes of what it is given, fused projections included.
+
+    The call ends where it reaches the registry; gradients flow to what was given.
+    """
+    token = _projecting.set(True)
+    try:
+        with routed(model):
+            module(*args, **kwargs)
+    except _Projected as end:
+        return end.key, end.value
+    finally:
+        _projecting.reset(token)
+    raise BaseModelError(f"{type(module).__name__} reached no attention")
+
+
 def _attention(base_name: str) -> Callable[..., Any]:
     def antefix_attention(
         module: nn.Module,
@@ -139,30 +199,79 @@ def _attention(base_name: str) -> Callable[..., Any]:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        calls = _recording.get()
-        if calls is not None:
-            calls.append(RecordedCall(module, query, key, value))
-        slots: SiteSlots | None = module.__dict__.get(_SITE_ATTRIBUTE)
+        if _projecting.get():
+            raise _Projected(key, value)
+        at_site: AtSite | None = None if _is_bare.get() else module.__dict__.get(_SITE_ATTRIBUTE)
         if attention_mask is not None and is_forest(attention_mask):
-            forest = forest_of(attention_mask)
-            tokens = KeySet(key, value)
-            sets = [] if slots is None else slots.key_sets(forest.num_trees)
-            if module in forest.planted:
-                sets = [*sets, forest.planted[module]]
-            out = forest.attend(query, tokens, sets, _scores(module, query, tokens, kwargs))
-            return out.transpose(1, 2).contiguous(), None
-        sets = [] if slots is None else slots.key_sets(query.shape[0])
-        if slots is not None and any(s.for_targets for s in sets):
-            is_target = slots.is_target(query.shape[2])
-            sets = [s.seen_by(is_target) for s in sets]
-        if not sets:
-            base = _base_function(base_name, module)
-            return base(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-        tokens = _tokens(module, query, key, value, attention_mask, kwargs)
-        out = attend(query, tokens, sets, _scores(module, query, tokens, kwargs))
-        return out.transpose(1, 2).contiguous(), None
+            found = _over_forest(module, query, KeySet(key, value), forest_of(attention_mask), at_site, kwargs)
+        else:
+            found = _over_rows(base_name, module, query, key, value, attention_mask, at_site, kwargs)
+        if (calls := _recording.get()) is not None:
+            calls.append(RecordedCall(module, query, key, value, found[0]))
+        return found
 
     return antefix_attention
+
+
+def _over_rows(
+    base_name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    at_site: AtSite | None, kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Rows of queries with an ordinary mask."""
+    if at_site is not None:
+        mask = at_site.seen(mask, query)
+    sets = [] if at_site is None else at_site.key_sets(query.shape[0])
+    acting = () if at_site is None else at_site.acting(query.shape[0], None)
+    if at_site is not None and any(s.for_targets for s in sets):
+        is_target = at_site.is_target(query.shape[2])
+        sets = [s.seen_by(is_target) for s in sets]
+
+    def base() -> tuple[Tensor, Tensor | None]:
+        return _base_function(base_name, module)(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+
+    if not sets and not acting:
+        return base()
+    tokens = _tokens(module, query, key, value, mask, kwargs)
+    scores = _scores(module, query, tokens, kwargs)
+    if not acting or at_site is None:
+        return _returned(attend(query, tokens, sets, scores))
+    attention = Attention(
+        lambda: attend(query, tokens, sets, scores) if sets else base()[0].transpose(1, 2),
+        lambda: attend_partial(query, tokens, sets, scores),
+    )
+    return _with_effects(at_site, attention, acting, query, scores, lambda: attend_partial(query, tokens, [], scores))
+
+
+def _over_forest(
+    module: nn.Module, query: Tensor, tokens: KeySet, forest: Forest, at_site: AtSite | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Packed rows."""
+    planted = [forest.planted[module]] if module in forest.planted else []
+    sets = [*([] if at_site is None else at_site.key_sets(forest.num_trees)), *planted]
+    acting = () if at_site is None else at_site.acting(forest.num_trees, forest)
+    scores = _scores(module, query, tokens, kwargs)
+    if not acting or at_site is None:
+        return _returned(forest.attend(query, tokens, sets, scores))
+    attention = Attention(
+        lambda: forest.attend(query, tokens, sets, scores), lambda: forest.partial(query, tokens, sets, scores)
+    )
+    return _with_effects(
+        at_site, attention, acting, query, scores, lambda: forest.partial(query, tokens, planted, scores)
+    )
+
+
+def _with_effects(
+    at_site: AtSite, attention: Attention, acting: Sequence[Acting], query: Tensor, scores: Scores,
+    tokens: Callable[[], Partial],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    of_tokens = cache(tokens)
+    out, residual = acted(attention, acting, lambda memory: at_site.call(query, scores, of_tokens, memory))
+    at_site.keep_residual(residual)
+    return _returned(out)
+
+
+def _returned(out_BHTE: Tensor) -> tuple[Tensor, None]:
+    return out_BHTE.transpose(1, 2).contiguous(), None
 
 
 def _base_function(name: str, module: nn.Module) -> Callable[..., Any]:

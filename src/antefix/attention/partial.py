@@ -151,15 +151,15 @@ def _side_by_side(query_BHTD: Tensor, sets: Sequence[KeySet]) -> tuple[Tensor, l
 # --- the explicit form --------------------------------------------------------------------------------------
 
 
-def explicit(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
-    """Writes the scores out; gradients by ordinary automatic differentiation."""
+def explicit(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Partial:
+    """Writes the scores out; gradients by ordinary automatic differentiation, through the normaliser too."""
     result = explicit_partial(query_BHTD, tokens, scores, position_bias=scores.position_bias)
     if scores.sink_logits_H is not None:
         lse = scores.sink_logits_H.float()[None, :, None].expand_as(result.lse_BHT)
         result = merge(result, Partial(torch.zeros_like(result.out_BHTE), lse))
     for slot_set in slots:
         result = merge(result, explicit_partial(query_BHTD, slot_set, scores))
-    return result.out_BHTE
+    return result
 
 
 def explicit_partial(query_BHTD: Tensor, keys: KeySet, scores: Scores, position_bias: Tensor | None = None) -> Partial:

@@ -23,6 +23,7 @@ from antefix.cli.doctor import doctor
 from antefix.cli.eval import evaluate
 from antefix.cli.generate import generate
 from antefix.cli.init import init
+from antefix.cli.methods import methods
 from antefix.cli.search import search
 from antefix.cli.train import train
 from antefix.errors import AntefixError, OtherProcessError
@@ -58,6 +59,7 @@ def _options(
 
 app.command("demo")(demo)
 app.command("init")(init)
+app.command("methods")(methods)
 app.command("doctor")(doctor)
 app.command("train")(train)
 app.command("search")(search)

@@ -23,6 +23,8 @@ class EncodedExample:
 
     source: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
+    condition: tuple[int, ...] = ()
+    """Of the second text, where methods read one."""
     num_before: int = 0
     """Tokens of the source that stand before these, read already and kept (see `antefix.training.kept_sources`)."""
 
@@ -49,6 +51,8 @@ class Limits:
 
     context: int | None
     """Tokens the base has positions for, slots with shifted positions taken off; None: no limit known."""
+    condition: int | None = None
+    """The most tokens of a second text, which every example must have; None: none is read."""
     target: int | None = None
     """Cut longer targets to this many tokens, the end token with them; None: one that does not fit is an error."""
 
@@ -84,8 +88,25 @@ def encode(
             targets.append(tuple(target))
         longest = max((len(t) for t in targets), default=0)
         _check_fits(example, len(source), longest, limits.context, for_encoder)
-        encoded.append(EncodedExample(tuple(source), tuple(targets)))
+        condition = () if limits.condition is None else encode_condition(example, tokenizer, limits.condition)
+        encoded.append(EncodedExample(tuple(source), tuple(targets), condition))
     return Encoded(tuple(encoded), cut_sources, cut_targets, for_encoder)
+
+
+def encode_condition(example: Example, tokenizer: PreTrainedTokenizerBase, longest: int) -> tuple[int, ...]:
+    """Token ids of an example's second text. Raises DataError where it has none, or one that does not fit."""
+    if example.condition is None:
+        raise DataError(
+            f"{_where(example)}: this method reads a second text, and the example has none: name its column with "
+            "data.reader.condition_column"
+        )
+    ids = tuple(tokenizer(example.condition, add_special_tokens=False)["input_ids"])
+    if not 0 < len(ids) <= longest:
+        raise DataError(
+            f"{_where(example)}: the second text has {len(ids)} tokens, it may have 1 to {longest}: shorten it, or set "
+            "config.num_virtual_tokens higher"
+        )
+    return ids
 
 
 def _check_fits(example: Example, source: int, target: int, context: int | None, for_encoder: bool) -> None:

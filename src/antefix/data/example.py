@@ -109,5 +109,7 @@ class Example:
     targets: tuple[str, ...] = ()
     where: str = ""
     """File and line of the first row, as an error message would name it: ``menus.csv, line 3``."""
+    condition: str | None = None
+    """A second text, for methods that read one beside the source (a parse)."""
     labels: dict[str, str] = field(default_factory=dict)
     """What else the row said (category, split, id): never shown to the model."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from antefix.attention.branch import Branch, Condition
 from antefix.base import Base
 from antefix.parts.initial import Positions
 from antefix.parts.key_value import KeyValue
+from antefix.parts.rows import EncoderRows
 from antefix.sites import Sites
 
 
@@ -26,51 +28,84 @@ class MethodConfig(BaseModel):
         return None
 
 
-class Method(Protocol):
-    """One prefix under a method: a torch module whose parameters are what is trained."""
+class MethodModule(nn.Module):
+    """One prefix under a method: a torch module whose parameters are what is trained.
+
+    A method answers with slots, branches, or both; what it leaves as it is here, it does not need.
+    """
 
     Config: ClassVar[type[MethodConfig]]
     summary: ClassVar[str]
     """One line for tables of methods: what it does and where it comes from."""
+    paper: ClassVar[str]
+    """Where it comes from: an arXiv number."""
+    parts: ClassVar[tuple[str, ...]]
+    """The learned pieces that it is made of, for the same tables."""
+    reads_second_text: ClassVar[bool] = False
+    """Whether examples need a second text, at least while it is trained."""
+    folds_to_key_value: ClassVar[bool] = False
+    """Whether what is kept is plain keys and values, whatever it was trained as."""
 
     @classmethod
     def default_learning_rate(cls, config: Any) -> float:
         """The learning rate that fits this parametrisation."""
-        ...
+        raise NotImplementedError
 
     @classmethod
     def build(cls, base: Base, config: Any) -> Self:
         """A fresh prefix, ready to be trained. Raises PrefixError where the base lacks what it needs."""
-        ...
+        raise NotImplementedError
 
     @classmethod
     def restore(cls, sites: Sites, config: Any, tensors: Mapping[str, Tensor]) -> Self:
         """A kept prefix. Raises PrefixError for tensors that do not fit the sites."""
-        ...
+        raise NotImplementedError
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """What a prefix file holds, by tensor name: folded, float32, on the processor."""
+        raise NotImplementedError
 
     @property
     def positions(self) -> Positions:
         """Where the tokens stand beside the slots."""
-        ...
+        return "in_place"
 
     @property
     def num_virtual_tokens(self) -> int:
         """How many slots a site holds."""
-        ...
+        return 0
 
     @property
     def for_targets(self) -> bool:
         """Whether targets alone see the slots: a source is then read as the base reads it."""
-        ...
+        return False
+
+    @property
+    def needs_places(self) -> bool:
+        """Whether it must know where every token stands in its text."""
+        return False
+
+    @property
+    def condition_length(self) -> int | None:
+        """How many tokens the second text of every row has at most (see `antefix.condition`); None: it needs none."""
+        return None
+
+    def rate_scales(self) -> list[tuple[list[nn.Parameter], float]]:
+        """What is trained, in groups, each with its learning rate as a multiple of the run's."""
+        return [([p for p in self.parameters() if p.requires_grad], 1.0)]
+
+    def auxiliary_loss(self, condition: Condition | None) -> Tensor | None:
+        """What is added to the loss of a batch in training, a mean over its sources; None: nothing."""
+        return None
 
     def slots(self) -> Mapping[str, KeyValue]:
         """The key/value slots by site name, differentiable with respect to the parameters."""
-        ...
+        return {}
 
-    def kept_tensors(self) -> dict[str, Tensor]:
-        """What a prefix file holds, by tensor name: folded, float32, on the processor."""
-        ...
+    def encoder_rows(self) -> EncoderRows | None:
+        """What stands before a text in an encoder, differentiable likewise; None: nothing."""
+        return None
 
-
-class MethodModule(nn.Module, Method):  # the two together, for annotations
-    """A method's module."""
+    def branches(self) -> Mapping[str, Sequence[Branch]]:
+        """What acts in another way than by slots, by site name, differentiable likewise."""
+        return {}

@@ -15,20 +15,21 @@ An encoder-decoder base gets three independent prefixes: encoder, decoder and cr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from antefix.base import Base
 from antefix.errors import PrefixError
-from antefix.methods.base import MethodConfig
+from antefix.methods.base import MethodConfig, MethodModule
 from antefix.parts.initial import Positions, random_slots, text_slots
 from antefix.parts.key_value import DirectSlots, KeyValue, NetworkSlots, Slots
-from antefix.sites import KINDS, Kind, Site, Sites, find_sites
+from antefix.parts.site_tensors import as_kept
+from antefix.sites import KINDS, Kind, Site, Sites, find_sites, sites_of_kinds
 from antefix.tensor_file import TENSORS_FILE, read_tensors
 
 
@@ -66,15 +67,18 @@ class PrefixTuningConfig(MethodConfig):
         return self.initial_prefix if self.initial == "prefix" else None
 
 
-class PrefixTuning(nn.Module):
+class PrefixTuning(MethodModule):
     """One prefix. Parameters: the slots, or the embeddings and networks that make them."""
 
-    Config = PrefixTuningConfig
+    Config: ClassVar[type[MethodConfig]] = PrefixTuningConfig
     summary = "learned keys and values at every layer (Li & Liang 2021)"
+    paper = "arXiv 2101.00190"
+    parts: ClassVar[tuple[str, ...]] = ("key/value slots",)
+    folds_to_key_value = True
 
     def __init__(self, config: PrefixTuningConfig, slots: DirectSlots | NetworkSlots, first: Slots | None) -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self._slots = slots
         self._frozen_names = [] if first is None else list(first)
         for index, name in enumerate(self._frozen_names):
@@ -88,16 +92,18 @@ class PrefixTuning(nn.Module):
         return 5e-2 if config.parametrisation == "direct" else 5e-5
 
     @classmethod
-    def build(cls, base: Base, config: PrefixTuningConfig) -> PrefixTuning:
+    def build(cls, base: Base, config: PrefixTuningConfig) -> Self:
         """A fresh prefix. Raises PrefixError where the base has none of the sites, or the start does not fit."""
         sites = find_sites(base.model)
-        chosen = _chosen_sites(sites, config)
+        chosen = sites_of_kinds(sites, config.sites)
         if config.positions == "shifted" and sites.positions == "none":
             raise PrefixError("positions = 'shifted' needs a base that takes position_ids: use 'in_place'")
         start = _start(base, chosen, config)
         num_slots = next(iter(start.values())).key_GPD.shape[1]
         if config.parametrisation == "direct":
-            slots: DirectSlots | NetworkSlots = DirectSlots(chosen, start, relative=True)
+            slots: DirectSlots | NetworkSlots = DirectSlots(
+                chosen, start, relative=True, keys_only=cls.keys_only(sites)
+            )
         else:
             slots = cls.network(sites, config, num_slots)
             if config.initial in ("text", "prefix"):
@@ -107,15 +113,20 @@ class PrefixTuning(nn.Module):
         return cls(config, slots, first)
 
     @classmethod
+    def keys_only(cls, sites: Sites) -> Collection[str]:
+        """Sites whose values come from elsewhere."""
+        return ()
+
+    @classmethod
     def network(cls, sites: Sites, config: PrefixTuningConfig, num_slots: int) -> NetworkSlots:
         """The paper's network for these sites, unfitted."""
         hidden = config.hidden_width if config.parametrisation == "network" else None
         return NetworkSlots(
-            _chosen_sites(sites, config), num_slots, config.embedding_width or sites.hidden_size, hidden
+            sites_of_kinds(sites, config.sites), num_slots, config.embedding_width or sites.hidden_size, hidden
         )
 
     @classmethod
-    def restore(cls, sites: Sites, config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuning:
+    def restore(cls, sites: Sites, config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> Self:
         """A kept prefix; directly parametrised, whatever it was trained with."""
         known = {s.name: s for s in sites.attention}
         slots: dict[str, KeyValue] = {}
@@ -124,28 +135,33 @@ class PrefixTuning(nn.Module):
             if site_name not in known or part not in ("key", "value"):
                 raise PrefixError(f"tensor '{name}' belongs to no site of this base ({', '.join(known)})")
             if part == "key":
-                slots[site_name] = _checked(known[site_name], tensor, tensors.get(f"{site_name}.value"))
+                value = tensors.get(f"{site_name}.value")
+                if value is None and site_name in cls.keys_only(sites) and tensor.ndim == 3:
+                    value = torch.zeros(*tensor.shape[:2], known[site_name].value_width)
+                slots[site_name] = _checked(known[site_name], tensor, value)
             elif f"{site_name}.key" not in tensors:
                 raise PrefixError(f"tensor '{site_name}.key' is missing beside '{name}'")
-        if missing := [s.name for s in _chosen_sites(sites, config) if s.name not in slots]:
+        if missing := [s.name for s in sites_of_kinds(sites, config.sites) if s.name not in slots]:
             raise PrefixError(f"the prefix has nothing for {missing[0]} of this base: load the base it was trained on")
         direct = config.model_copy(update={"parametrisation": "direct", "freeze_first": False})
-        module = cls(direct, DirectSlots([known[n] for n in slots], slots), None)
-        return module.requires_grad_(False).eval()
+        made = DirectSlots([known[n] for n in slots], slots, keys_only=cls.keys_only(sites))
+        module = cls(direct, made, None)
+        module.requires_grad_(False)
+        return module.eval()
 
     @property
     def positions(self) -> Positions:
-        return self.config.positions
+        positions: Positions = self.config.positions
+        return positions
 
     @property
     def num_virtual_tokens(self) -> int:
-        return max((pair.key_GPD.shape[1] for pair in self.slots().values()), default=0)
-
-    @property
-    def for_targets(self) -> bool:
-        return False
+        return max((pair.key_GPD.shape[1] for pair in self.learned_slots().values()), default=0)
 
     def slots(self) -> dict[str, KeyValue]:
+        return self.learned_slots()
+
+    def learned_slots(self) -> dict[str, KeyValue]:
         """Site name -> keys (G, P, D) and values (G, P, E), differentiable."""
         slots: dict[str, KeyValue] = self._slots()
         for index, name in enumerate(self._frozen_names):
@@ -165,18 +181,10 @@ class PrefixTuning(nn.Module):
         was_training = self.training
         self.eval()
         tensors = {}
-        for name, (key, value) in self.slots().items():
-            tensors[f"{name}.key"] = key.detach().float().cpu().contiguous().clone()
-            tensors[f"{name}.value"] = value.detach().float().cpu().contiguous().clone()
+        for name, (key, value) in self.learned_slots().items():
+            tensors[f"{name}.key"], tensors[f"{name}.value"] = as_kept(key), as_kept(value)
         self.train(was_training)
         return tensors
-
-
-def _chosen_sites(sites: Sites, config: PrefixTuningConfig) -> tuple[Site, ...]:
-    chosen = sites.of_kinds(config.sites)
-    if not chosen:
-        raise PrefixError(f"the base has no site of kind {', '.join(config.sites)}: it has {', '.join(sites.kinds)}")
-    return chosen
 
 
 def _start(base: Base, sites: tuple[Site, ...], config: PrefixTuningConfig) -> Slots:

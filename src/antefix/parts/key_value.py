@@ -10,7 +10,7 @@ Axes: P slots, G key/value heads, D key width, E value width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -33,15 +33,25 @@ Slots = Mapping[str, KeyValue]
 class DirectSlots(nn.Module):
     """Keys and values that are parameters themselves, or multiples of them.
 
+    keys_only: sites whose values come from elsewhere, and are zeros here.
+
     relative: a parameter is a tensor divided by its own size at the start (the root mean square, as a power of two:
     nothing is rounded). Keys and values of one base differ in size by up to fifty times, and Adam moves every parameter
     by the learning rate, whatever its size: so one learning rate fits all of them, and other bases as well.
     """
 
-    def __init__(self, sites: Iterable[Site], initial: Slots, *, relative: bool = False) -> None:
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        initial: Slots,
+        *,
+        relative: bool = False,
+        keys_only: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self._names = [site.name for site in sites]
-        tensors = [[initial[name][part] for name in self._names] for part in (0, 1)]
+        tensors = [[initial[n][part] for n in self._names if part == 0 or n not in keys_only] for part in (0, 1)]
+        self._without_values = {n: torch.zeros_like(initial[n].value_GPE) for n in self._names if n in keys_only}
         self.scales = [[_size(t) if relative else 1.0 for t in of_part] for of_part in tensors]
         self.keys, self.values = (
             nn.ParameterList(t / scale for t, scale in zip(of_part, scales, strict=True))
@@ -53,7 +63,9 @@ class DirectSlots(nn.Module):
             [p if scale == 1.0 else p * scale for p, scale in zip(parameters, scales, strict=True)]
             for parameters, scales in zip((self.keys, self.values), self.scales, strict=True)
         )
-        return {n: KeyValue(k, v) for n, k, v in zip(self._names, keys, values, strict=True)}
+        rest = iter(values)
+        every = [self._without_values[n] if n in self._without_values else next(rest) for n in self._names]
+        return {n: KeyValue(k, v) for n, k, v in zip(self._names, keys, every, strict=True)}
 
 
 def _size(tensor: Tensor) -> float:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from antefix.attention.branch import Condition
 from antefix.attention.forest import forest_mask
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit
@@ -49,6 +50,8 @@ class Batch:
     """(B,) columns of source, where rows are padded; packed rows say it in their forest."""
     encoder: dict[str, Tensor] | None = None
     source_of_row: Tensor | None = None
+    condition: Condition | None = None
+    """The second texts of the sources."""
 
 
 def packed_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:

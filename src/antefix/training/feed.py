@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from antefix.attach import Attachment
+from antefix.attachment import Attachment
 from antefix.attention.forest import plant
 from antefix.attention.hook import routed
+from antefix.condition import read_condition
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, microbatches
 from antefix.errors import TrainingError
@@ -38,6 +39,8 @@ class Feed:
     data: Encoded
     form: BatchForm
     tokens_per_batch: int
+    condition_length: int | None = None
+    """The most tokens of a second text; None: none is read."""
     kept: KeptSources | None = None
     """The sources, where they are read once and not fed."""
 
@@ -54,6 +57,9 @@ class Feed:
     def batch(self, units: Sequence[Unit]) -> Batch:
         """What the model takes, on its device."""
         batch = _to(_FORMS[self.form](self._fed, units, self.model), self.model.device)
+        if self.condition_length is not None:
+            texts = [self.data.examples[u.example].condition for u in units]
+            batch = replace(batch, condition=read_condition(self.model, texts, self.condition_length))
         if self.kept is not None:
             before, masks = self.kept.before(units), batch.inputs["attention_mask"]
             for mask in masks.values() if isinstance(masks, dict) else [masks]:
@@ -66,7 +72,7 @@ def feed_of(
     recipe: TrainingRecipe,
 ) -> Feed:  # fmt: skip
     """A data set as a recipe has it fed. Raises TrainingError where its sources cannot be kept."""
-    feed = Feed(model, data, form, recipe.tokens_per_batch)
+    feed = Feed(model, data, form, recipe.tokens_per_batch, attachment.condition_length)
     if not recipe.keep_source_states:
         return feed
     if not module.for_targets:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from antefix.attach import sources_end
+from antefix.attach import told
 from antefix.products import FrozenLinear, product, takes_onednn
 from antefix.training.batch import Batch
 
@@ -94,10 +94,11 @@ def _hidden_states(model: PreTrainedModel, head: nn.Module, batch: Batch) -> tup
 def _forward(model: PreTrainedModel, batch: Batch) -> Tensor:
     inputs = dict(batch.inputs)
     if batch.encoder is not None:
-        states = model.get_encoder()(**batch.encoder)[0]
+        with told(model, condition=batch.condition):
+            states = model.get_encoder()(**batch.encoder)[0]
         inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states[batch.source_of_row])
         inputs["attention_mask"] = batch.encoder["attention_mask"][batch.source_of_row]
-    with sources_end(model, batch.source_lengths):
+    with told(model, source_lengths=batch.source_lengths):
         return model(**inputs).logits  # type: ignore[no-any-return]
 
 

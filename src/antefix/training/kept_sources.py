@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from antefix.attach import BARE, Attachment
+from antefix.attachment import Attachment
 from antefix.attention.hook import recording
 from antefix.attention.partial import KeySet, Mask
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit
 from antefix.errors import TrainingError
+from antefix.site_stack import BARE
 from antefix.sites import find_sites
 from antefix.training.batch import right_padded, window_of
 

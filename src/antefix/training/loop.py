@@ -104,8 +104,9 @@ def train_loop(
     model.to(accelerator.device)
     module.to(accelerator.device).train()
     take_from_main(module)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=recipe.weight_decay)
+    groups = [{"params": params, "scale": scale} for params, scale in module.rate_scales()]
+    parameters = [p for params, _ in module.rate_scales() for p in params]
+    optimiser = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=recipe.weight_decay)
     num_steps = planned_steps(train_set, recipe)
     progress, best = Progress(), module.kept_tensors()
     # Before a checkpoint is loaded and without dropout: a resumed run must come to the same answer.
@@ -146,6 +147,8 @@ def train_loop(
                 torch.manual_seed(recipe.seed * 1_000_003 + progress.step + number * 15_485_863)
                 losses = pair_losses(model, batch, recipe.label_smoothing)
                 part_loss = reduce_losses(losses, size, recipe.loss_reduction)
+                if (auxiliary := module.auxiliary_loss(batch.condition)) is not None:
+                    part_loss = part_loss + auxiliary * len(part) / len(units)
                 part_loss.backward()  # type: ignore[no-untyped-call]
                 loss += part_loss.detach()
             loss = sum_gradients(parameters, loss)
@@ -287,7 +290,7 @@ def _set_rate(
     else:
         rate = peak
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     return rate
 
 

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from antefix.base import Dtype
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
-from antefix.errors import DataError, RecipeError, nearest
-from antefix.methods import METHODS, method_class
+from antefix.errors import DataError, RecipeError
+from antefix.methods import method_class
 from antefix.methods.base import MethodConfig
 from antefix.settings import override, put, validated
 from antefix.training.objectives import LossReduction
@@ -123,7 +123,7 @@ class Recipe(_Section):
     """Precision of the frozen weights; what is learned stays float32. `native`: bfloat16 where this processor or GPU
     multiplies it natively, else float32. `int8` needs `pip install 'antefix[int8]'`."""
     method: str = "prefix_tuning"
-    """The method's name."""
+    """The method's name; several that act together are joined, `prefix_tuning+prefix_memory`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """The method's own choices."""
     data: DataRecipe
@@ -143,8 +143,10 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _known_method(self) -> Recipe:
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method '{self.method}': {nearest(self.method, METHODS)}")
+        try:
+            method_class(self.method)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
         return self
 
     @property

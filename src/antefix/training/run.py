@@ -179,7 +179,7 @@ def prepare(
         )
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
-    fits = Limits(context=context, target=max_target_tokens)
+    fits = Limits(context=context, target=max_target_tokens, condition=module.condition_length)
     for_encoder = bool(base.model.config.is_encoder_decoder)
     train_set, dev_set = (
         encode(e, text_format, base.tokenizer, fits, for_encoder=for_encoder) for e in (train_examples, dev_examples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -91,13 +92,11 @@ def _alike(rows: Iterator[Example]) -> Iterator[Example]:
 
 
 def _grouped(rows: Iterable[Example]) -> list[Example]:
-    """Rows with equal sources joined into one example."""
-    firsts: dict[Source, Example] = {}
-    targets: dict[Source, list[str]] = {}
+    """Rows with equal sources (and second texts) joined into one example."""
+    firsts: dict[tuple[Source, str | None], Example] = {}
+    targets: dict[tuple[Source, str | None], list[str]] = {}
     for row in rows:
-        firsts.setdefault(row.source, row)
-        targets.setdefault(row.source, []).extend(row.targets)
-    return [
-        Example(source=source, targets=tuple(targets[source]), where=first.where, labels=first.labels)
-        for source, first in firsts.items()
-    ]
+        key = row.source, row.condition
+        firsts.setdefault(key, row)
+        targets.setdefault(key, []).extend(row.targets)
+    return [replace(first, targets=tuple(targets[key])) for key, first in firsts.items()]

@@ -31,23 +31,32 @@ def examples(
     source_column: str | None = None,
     target_column: str | None = None,
     table_columns: Sequence[str] | None = None,
+    condition_column: str | None = None,
 ) -> Iterator[Example]:
-    """One example a row. table_columns: the columns that form the source, in this order.
+    """One example a row. table_columns: the columns that form the source, in this order. condition_column: that of a
+    second text, which the source may name too.
 
     What is neither source nor target becomes a label.
     """
     if source_column is not None and table_columns is not None:
         raise DataError("source_column and table_columns exclude each other: a source is a text or a table")
     for where, row in rows:
-        for named in (source_column, target_column, *(table_columns or ())):
+        for named in (source_column, target_column, condition_column, *(table_columns or ())):
             if named is not None:
                 require(row, named, where)
-        chosen = columns(row, source_column=source_column, target_column=target_column, table_columns=table_columns)
-        used = {*chosen.source, chosen.target}
+        chosen = columns(
+            row,
+            source_column=source_column,
+            target_column=target_column,
+            table_columns=table_columns,
+            condition_column=condition_column,
+        )
+        used = {*chosen.source, chosen.target, condition_column}
         yield Example(
             source=_source(row, chosen, where),
             targets=() if chosen.target is None else texts_of(row, chosen.target, where),
             where=where,
+            condition=None if condition_column is None else text_of(row, condition_column, where),
             labels={k: str(v) for k, v in row.items() if k not in used and isinstance(v, str | int | float)},
         )
 
@@ -58,9 +67,11 @@ def columns(
     source_column: str | None = None,
     target_column: str | None = None,
     table_columns: Sequence[str] | None = None,
+    condition_column: str | None = None,
 ) -> Columns:
     """Which columns are taken: those that are named, else those whose names are known; see above."""
-    others = [c for c in row if c not in _NEVER_IN_A_TABLE and c not in (source_column, *(table_columns or ()))]
+    named = (source_column, condition_column, *(table_columns or ()))
+    others = [c for c in row if c not in _NEVER_IN_A_TABLE and c not in named]
     target = target_column or next((c for c in TARGET_COLUMNS if c in others), None)
     others = [c for c in others if c != target]
     if table_columns is not None:

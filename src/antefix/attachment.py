@@ -1,0 +1,372 @@
+"""Prefixes at work in a model: which row carries which, and what a forward pass must know of it.
+
+`antefix.attach` makes attachments; what they have at a site is a `SiteStack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from antefix.attention.branch import Branch, Condition, Places
+from antefix.attention.hook import HookedModel, bare, is_bare
+from antefix.encoder_rows import RowsAtWork
+from antefix.errors import BaseModelError, PrefixError
+from antefix.forward_call import (
+    counted_positions,
+    decoder_places,
+    encoder_places,
+    forest_in,
+    forest_places,
+    padded_on_the_left,
+    target_begins,
+    targets_in,
+    text_places,
+    tokens_of,
+)
+from antefix.methods.base import MethodModule
+from antefix.parts.key_value import KeyValue
+from antefix.parts.rows import EncoderRows
+from antefix.passes import Passes
+from antefix.prefix import Prefix
+from antefix.site_stack import BARE, Made, SiteStack
+from antefix.sites import Kind, find_sites
+from antefix.stacking import check_fits
+
+_SUBMODULE = "antefix"
+_STACK_ATTRIBUTE = "antefix_attachments"
+
+
+def attachments(model: nn.Module) -> list[Attachment]:
+    """What is attached to a model, the latest last. It lives in the model, so that it dies with it."""
+    stack: list[Attachment] = model.__dict__.setdefault(_STACK_ATTRIBUTE, [])
+    return stack
+
+
+class Attachment:
+    """Prefixes at work in a model. Made by `antefix.attach`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: Sequence[MethodModule],
+        prefixes: Sequence[Prefix | MethodModule],
+    ) -> None:
+        if not modules:
+            raise PrefixError("nothing to attach: give at least one prefix")
+        sites = find_sites(model)
+        self.prefixes = tuple(prefixes)
+        self._model = model
+        self._modules = modules
+        self._rows: Tensor | None = None
+        self._shared_index: int | None = 0 if len(modules) == 1 else None
+        self._trainable = any(p.requires_grad for m in modules for p in m.parameters())
+        self._shifts = [m.num_virtual_tokens if m.positions == "shifted" else 0 for m in modules]
+        if any(self._shifts) and sites.positions == "none":
+            raise PrefixError(
+                "a prefix with shifted positions needs a base that takes position_ids and counts them from 0"
+            )
+        self._sites = sites
+        # The decoder of an encoder-decoder reads targets and nothing else.
+        self._for_targets = [m.for_targets and not sites.is_encoder_decoder for m in modules]
+        self._source_lengths: Tensor | None = None
+        self._target_begins: Tensor | None = None
+        self._is_target: Tensor | None = None
+        self._condition: Condition | None = None
+        self._given: tuple[Any, dict[str, Any]] = ((), {})
+        self._places: dict[Kind, Places] = {}
+        self.passes = Passes()
+        # Learned positions end; an index beyond them is an error without a name, on a GPU a crash.
+        longest = getattr(model.config, "max_position_embeddings", None)
+        self._last_position = longest - 1 if longest and sites.positions == "absolute" else None
+        self._live: list[Made] | None = None
+        for module in modules:
+            module.to(model.device)
+        with torch.no_grad():
+            made = self._make()
+        for site in sites.attention:
+            for of_module in made:
+                check_fits(site, of_module.slots.get(site.name))
+        self._has_branches = any(of_module.branches for of_module in made)
+        reads_sources = "self" in sites.kinds and not sites.is_encoder_decoder
+        self._tells_targets = reads_sources and any(m.for_targets or m.needs_places for m in modules)
+        self._rows_at_work = RowsAtWork(model, sites, self) if any(m.rows is not None for m in made) else None
+        self._at_site = []
+        for site in sites.attention:
+            branches = [b for m in made for b in m.branches.get(site.name, ())]
+            rows = self._rows_at_work if site.kind == "encoder_self" else None
+            if branches or rows or any(site.name in m.slots for m in made):
+                hidden = any(b.needs_hidden_states for b in branches)
+                stack = SiteStack(self, site, has_branches=bool(branches), needs_hidden_states=hidden, rows=rows)
+                self._at_site.append(stack)
+        self._hooked = HookedModel(model)
+        self._undo_routing: list[tuple[Any, str]] = []
+        self._handles: list[RemovableHandle] = []
+        # The module whose forward pass is the outermost one running, None between passes.
+        self._outermost: nn.Module | None = None
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Which prefix each row of a batch carries: an index into the attached ones, -1 for none.
+
+        None means the only one attached, for every row. A batch of k times as many rows (beams) repeats
+        every entry k times.
+        """
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Sequence[int] | Tensor | None) -> None:
+        self._shared_index = 0 if rows is None and len(self._modules) == 1 else None
+        if rows is not None:
+            rows = torch.as_tensor(rows, dtype=torch.long, device=self._model.device).reshape(-1)
+            if len(rows) == 0 or int(rows.min()) < BARE or int(rows.max()) >= len(self._modules):
+                last = len(self._modules) - 1
+                raise PrefixError(f"rows must be indices from {BARE} (none) to {last}, one a row; got {rows.tolist()}")
+            if bool((rows == rows[0]).all()):
+                self._shared_index = int(rows[0])
+        self._rows = rows
+        self._forget_gathered()
+
+    @property
+    def source_lengths(self) -> Tensor | None:
+        """Where the sources end, for prefixes that targets alone see: columns of source, padding before it included.
+
+        One number for all rows or one a row, repeated for beams as `rows` is. A source's last token is the first that
+        sees such a prefix, since it predicts the first token of the target. None: as the `labels` of a batch say, where
+        it has some. `antefix.generate` and training set it; before a `generate` of the model's own set it to the
+        width of the prompts.
+        """
+        return self._source_lengths
+
+    @source_lengths.setter
+    def source_lengths(self, lengths: int | Sequence[int] | Tensor | None) -> None:
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, dtype=torch.long, device=self._model.device).reshape(-1)
+        self._source_lengths = lengths
+
+    @property
+    def condition(self) -> Condition | None:
+        """The rows' second texts (see `antefix.condition`), repeated for beams as `rows` is; None: there are none."""
+        return self._condition
+
+    @condition.setter
+    def condition(self, condition: Condition | None) -> None:
+        self._condition = condition
+
+    def condition_of(self, num_rows: int) -> Condition:
+        """The second texts of a batch's rows. Raises PrefixError."""
+        if self._condition is None:
+            raise PrefixError("what is attached needs a second text for every row: set attachment.condition")
+        count = len(self._condition.states_BPC)
+        if num_rows % count:
+            raise PrefixError(f"the batch has {num_rows} rows, attachment.condition has {count}")
+        return self._condition.of_rows(num_rows)
+
+    def rows_of(self, num_rows: int) -> Tensor | int:
+        """The index of every row of a batch, or one index if all rows share it."""
+        if self._rows is None:
+            if self._shared_index is None:
+                raise PrefixError(f"{len(self._modules)} prefixes are attached: say which row carries which (.rows)")
+            return self._shared_index
+        if num_rows % len(self._rows):
+            raise PrefixError(f"the batch has {num_rows} rows, attachment.rows has {len(self._rows)}")
+        if self._shared_index is not None:
+            return self._shared_index
+        return self._rows.repeat_interleave(num_rows // len(self._rows))
+
+    def is_target(self) -> Tensor | None:
+        """Which queries of the running forward pass are a target's: (B or 1, T), None for all. Raises PrefixError."""
+        self._known_begins()
+        return self._is_target
+
+    def _known_begins(self) -> Tensor:
+        if self._target_begins is None:
+            raise PrefixError(
+                "a prefix that tells targets from sources must be told where the sources end: give `labels`, or set "
+                "attachment.source_lengths to the number of source columns (for `generate`: the width of the prompts)"
+            )
+        return self._target_begins
+
+    def is_for_targets(self, index: int) -> bool:
+        """Whether targets alone see this attached prefix."""
+        return self._for_targets[index]
+
+    def places(self, kind: Kind, query: Tensor) -> Places:
+        """Where the running pass's queries at sites of this kind stand. Raises PrefixError where nobody said it."""
+        if kind not in self._places:
+            self._places[kind] = self._found_places(kind, query)
+        return self._places[kind]
+
+    def _found_places(self, kind: Kind, query: Tensor) -> Places:
+        args, kwargs = self._given
+        if kind == "encoder_self":
+            return encoder_places(args, kwargs)
+        if self._sites.is_encoder_decoder:
+            return decoder_places(kwargs, query.shape[0], query.shape[2], query.device)
+        forest = forest_in(kwargs)
+        return text_places(args, kwargs, self._known_begins()) if forest is None else forest_places(forest, kwargs)
+
+    def slots_of(self, site: str) -> list[KeyValue | None]:
+        """The slots every attached prefix has at a site."""
+        return [made.slots.get(site) for made in self._made()]
+
+    def branches_of(self, site: str) -> list[Sequence[Branch]]:
+        """The branches every attached prefix has at a site."""
+        return [made.branches.get(site, ()) for made in self._made()]
+
+    def encoder_rows(self) -> list[EncoderRows | None]:
+        """What every attached prefix puts before a text in an encoder."""
+        return [made.rows for made in self._made()]
+
+    def _made(self) -> list[Made]:
+        if self._live is None:
+            self._live = self._make()
+        return self._live
+
+    def _make(self) -> list[Made]:
+        made = []
+        for module in self._modules:
+            with bare():
+                made.append(Made(module.slots(), module.branches(), module.encoder_rows()))
+        return made
+
+    @property
+    def longest_shift(self) -> int:
+        """How many positions shifted prefixes take from the context at most."""
+        return max(self._shifts)
+
+    @property
+    def condition_length(self) -> int | None:
+        """How many tokens a second text has at most; None: none is needed."""
+        lengths = [m.condition_length for m in self._modules if m.condition_length is not None]
+        return max(lengths) if lengths else None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether slots change between forward passes."""
+        return self._trainable
+
+    def begin(self) -> None:
+        """Go to work, and let what was attached before rest. Raises BaseModelError."""
+        stack = attachments(self._model)
+        if stack:
+            stack[-1]._uninstall()
+        try:
+            self._install()
+        except BaseModelError:
+            if stack:
+                stack[-1]._install()
+            raise
+        stack.append(self)
+
+    def detach(self) -> None:
+        """Take the prefixes off; what was attached before is at work again. Twice is once."""
+        stack = attachments(self._model)
+        if self not in stack:
+            return
+        stack[-1]._uninstall()
+        stack.remove(self)
+        if stack:
+            stack[-1]._install()
+        else:
+            del self._model.__dict__[_STACK_ATTRIBUTE]
+
+    def _install(self) -> None:
+        self._undo_routing = self._hooked.route()
+        modules = dict(self._model.named_modules())
+        for stack in self._at_site:
+            stack.install(modules)
+        if self._rows_at_work is not None:
+            self._rows_at_work.install()
+        if self._trainable:
+            self._model.add_module(_SUBMODULE, nn.ModuleList(self._modules))
+        if self._trainable or any(self._for_targets) or self._has_branches:
+            # Whatever is called first (the model, its encoder alone) opens a forward pass.
+            for module in self._model.modules():
+                if isinstance(module, PreTrainedModel):
+                    self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                    self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._handles.append(self._model.register_forward_pre_hook(self._check_routed))
+        if any(self._shifts) or self._sites.positions == "relative":
+            self._handles.append(self._model.register_forward_pre_hook(self._place_tokens, with_kwargs=True))
+
+    def _uninstall(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        modules = dict(self._model.named_modules())
+        for stack in self._at_site:
+            stack.uninstall(modules)
+        if self._rows_at_work is not None:
+            self._rows_at_work.uninstall()
+        if self._trainable:
+            delattr(self._model, _SUBMODULE)
+        self._hooked.restore(self._undo_routing)
+        self._outermost = None
+        self._live = None
+        self._given = ((), {})
+        self._places.clear()
+
+    def _forget_gathered(self) -> None:
+        for stack in self._at_site:
+            stack.forget()
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        # A module that is entered again was left by an interrupt, which calls no hook.
+        if is_bare() or self._outermost not in (None, module):
+            return
+        self._outermost = module
+        # Made now, not at the first site: layers that recompute in the backward pass then find the same tensors.
+        if self._trainable:
+            self._live = self._make()
+        if self._tells_targets:
+            begins = self._target_begins = target_begins(args, kwargs, self._source_lengths)
+            self._is_target = None if begins is None else targets_in(args, kwargs, begins)
+        self._given = (args, kwargs)
+        self._places.clear()
+        tensors = [t for made in self._live or [] for t in made.tensors()]
+        left = [*tensors, self._is_target, *(self._condition or ())]
+        self.passes.enter(left, recomputes=self._model.is_activation_checkpointing)
+
+    def _check_routed(self, module: nn.Module, args: Any) -> None:
+        if not self._hooked.is_routed:
+            raise PrefixError(
+                "the model's attention implementation was changed while a prefix was attached, which takes the prefix "
+                "off: detach it, and attach it again"
+            )
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._outermost is module and not is_bare():
+            self._outermost = None
+
+    def _place_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Tokens of a row with a shifted prefix stand P further on; padding on the left takes no positions.
+
+        A rotary base alone may count padding, since nothing there has a place of its own; slots have.
+        """
+        as_they_are = kwargs.get("position_ids") is not None or not padded_on_the_left(kwargs)
+        if not any(self._shifts) and (as_they_are or self._shared_index == BARE):
+            return args, kwargs
+        ids = tokens_of(args, kwargs)
+        num_rows, length = ids.shape[:2]
+        shifts = torch.tensor([*self._shifts, 0], device=ids.device)  # the last one serves index -1
+        forest = forest_in(kwargs)
+        if forest is None:
+            shift = shifts[self.rows_of(num_rows)].expand(num_rows)[:, None]
+        else:
+            shift = shifts[self.rows_of(forest.num_trees)].expand(forest.num_trees)[forest.tree_of_token]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = counted_positions(kwargs, length, ids.device)
+        positions = positions + shift
+        if self._last_position is not None and (last := int(positions.max())) > self._last_position:
+            raise PrefixError(
+                f"a token would stand at position {last}, the base's last one is {self._last_position}: a prefix with "
+                f"shifted positions takes up to {self.longest_shift} of them; shorten the text"
+            )
+        return args, {**kwargs, "position_ids": positions}

@@ -1,0 +1,185 @@
+"""What acts at an attention site in another way than by fixed keys and values.
+
+A branch is asked once a call and answers with an effect:
+
+- `Share`: it takes part in the softmax. Of the merged attention (facts of He et al. 2022, arXiv 2110.04366, and its
+  relatives in one form) it has the numerator e^shift num and the mass e^shift mass, beside those of tokens and slots.
+- `Addend`: it is added to the merged attention, before the output projection.
+- `Residual`: it is added to what the output projection gives.
+
+A branch computes for every query; where a row does not carry it, what it gives is taken back.
+
+Axes: B rows, T queries, P slots, H query heads, D key width, E value width, C width of hidden states, N texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from antefix.attention.partial import Partial, Scores
+
+
+class Share(NamedTuple):
+    """A part in the softmax, float32; with a shift of -inf it is none."""
+
+    num_BHTE: Tensor
+    mass_BHT: Tensor
+    shift_BHT: Tensor
+
+
+class Addend(NamedTuple):
+    """Added before the output projection."""
+
+    out_BHTE: Tensor
+
+
+class Residual(NamedTuple):
+    """Added behind the output projection."""
+
+    out_BTC: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where the queries of a pass stand in their texts; every tensor is (B or 1, T).
+
+    A text is a source and a target. A source's last token stands first in the target here: it predicts that token.
+    """
+
+    is_source: Tensor
+    """A source's token, but for its last."""
+    is_target: Tensor
+    """A target's; what is neither is padding."""
+    index: Tensor
+    """Among the tokens of the same part of its text, from 0."""
+    source_length: Tensor
+    """How many tokens the source part of its text has."""
+    text: Tensor
+    """Which text of the batch it belongs to."""
+    num_texts: int
+    begins: bool
+    """Whether texts begin in this pass; else what was learned of their beginning is in `Call.memory`."""
+
+    @property
+    def is_prompt(self) -> Tensor:
+        """All of a source, its last token included (an encoder's text; a decoder's start token)."""
+        return self.is_source | (self.is_target & (self.index == 0))
+
+
+class Condition(NamedTuple):
+    """What second texts of the rows are: states of so many tokens, and which of them are there."""
+
+    states_BPC: Tensor
+    is_there_BP: Tensor
+
+    def of_rows(self, num_rows: int) -> Condition:
+        """Repeated for a batch of so many rows (beams)."""
+        repeats = num_rows // len(self.states_BPC)
+        return Condition(*(x.repeat_interleave(repeats, dim=0) for x in self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One attention call as a branch gets it."""
+
+    query_BHTD: Tensor
+    """As attention gets it: after rotary embedding."""
+    scores: Scores
+    tokens: Callable[[], Partial]
+    """Attention over the tokens alone, computed when first asked for."""
+    places: Callable[[], Places]
+    """Raises PrefixError where nobody said where sources end."""
+    hidden: Callable[[], Tensor]
+    """The layer's input (B, T, C), for branches that say `needs_hidden_states`."""
+    condition: Callable[[], Condition]
+    """Of the rows' second texts. Raises PrefixError where nobody gave them."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """What this branch keeps from the beginning of texts to their continuation."""
+
+    def of_prompt(self, name: str, value_BTX: Tensor, chosen_BT: Tensor) -> Tensor:
+        """The mean of a value over the chosen tokens of every text's beginning, for every query: (B or 1, T, X).
+
+        Kept under this name, and found again when the text goes on.
+        """
+        places = self.places()
+        if places.begins:
+            text = places.text.expand(chosen_BT.shape).flatten()
+            weight = chosen_BT.flatten().to(value_BTX.dtype)
+            chosen = value_BTX.flatten(0, 1) * weight[:, None]
+            total = chosen.new_zeros(places.num_texts, chosen.shape[1]).index_add(0, text, chosen)
+            count = weight.new_zeros(places.num_texts).index_add(0, text, weight)
+            self.memory[name] = total / count.clamp(min=1)[:, None]
+        return self.memory[name][places.text]
+
+
+class Branch:
+    """Something learned at one site."""
+
+    needs_hidden_states: bool = False
+
+    def __call__(self, call: Call) -> Share | Addend | Residual:
+        """Its effect on every query of the call."""
+        raise NotImplementedError
+
+    def tensors(self) -> Sequence[Tensor]:
+        """What it is made of, which must not change between a forward pass and the computation of its layers anew."""
+        return ()
+
+
+class Acting(NamedTuple):
+    """A branch with the queries that it acts on: (B or 1, T or 1) booleans, None for all."""
+
+    branch: Branch
+    here_BT: Tensor | None
+    memory: dict[str, Tensor]
+
+
+class Attention(NamedTuple):
+    """The same attention in two forms, of which one is needed."""
+
+    whole: Callable[[], Tensor]
+    """Over tokens and slots, in the fastest form: B, H, T, E."""
+    partial: Callable[[], Partial]
+    """The same with its normaliser."""
+
+
+def acted(
+    attention: Attention, acting: Sequence[Acting], call: Callable[[dict[str, Tensor]], Call]
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with the effects of these branches: (B, H, T, E), and what is added behind the projection."""
+    effects = [_limited(a.branch(call(a.memory)), a.here_BT) for a in acting]
+    shares = [e for e in effects if isinstance(e, Share)]
+    out = merged(attention.partial(), shares) if shares else attention.whole()
+    for addend in (e for e in effects if isinstance(e, Addend)):
+        out = out + addend.out_BHTE.to(out.dtype)
+    residuals = [e.out_BTC for e in effects if isinstance(e, Residual)]
+    return out, torch.stack(residuals).sum(0) if residuals else None
+
+
+def merged(base: Partial, shares: Sequence[Share]) -> Tensor:
+    """One softmax over all: (B, H, T, E), in the precision of the base's output."""
+    own = Share(base.out_BHTE.to(base.lse_BHT.dtype), torch.ones_like(base.lse_BHT), base.lse_BHT)
+    every = [own, *shares]
+    shifts = torch.broadcast_tensors(*(s.shift_BHT for s in every))  # type: ignore[no-untyped-call]
+    highest = torch.stack(shifts).amax(0).detach()
+    highest = torch.where(highest == -torch.inf, 0.0, highest)  # a query that sees nothing at all
+    num, mass = torch.zeros_like(own.num_BHTE), torch.zeros_like(highest)
+    for part in every:
+        weight = torch.exp(part.shift_BHT - highest)
+        num, mass = num + weight[..., None] * part.num_BHTE, mass + weight * part.mass_BHT
+    return (num / torch.where(mass > 0, mass, 1.0)[..., None]).to(base.out_BHTE.dtype)
+
+
+def _limited(effect: Any, here_BT: Tensor | None) -> Any:
+    if here_BT is None:
+        return effect
+    if isinstance(effect, Share):
+        return effect._replace(shift_BHT=torch.where(here_BT[:, None], effect.shift_BHT, -torch.inf))
+    if isinstance(effect, Addend):
+        return Addend(torch.where(here_BT[:, None, :, None], effect.out_BHTE, 0.0))
+    return Residual(torch.where(here_BT[..., None], effect.out_BTC, 0.0))

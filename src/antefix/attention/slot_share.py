@@ -1,0 +1,64 @@
+"""Slots whose scores are not those of plain keys: scored, changed, and made a share of the softmax.
+
+Axes: B rows, T queries, P slots, H query heads, G key/value heads, D key width, E value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from antefix.attention.branch import Branch, Call, Share
+from antefix.attention.partial import Scores
+
+
+def slot_scores(query_BHTD: Tensor, key_GPD: Tensor, scores: Scores) -> Tensor:
+    """Scaled products of queries and slots' keys, capped as the model caps: (B, H, T, P), float32 or wider."""
+    products = torch.matmul(_wide(query_BHTD), _by_head(_wide(key_GPD), query_BHTD.shape[1]).mT) * scores.scale
+    return products if scores.softcap is None else torch.tanh(products / scores.softcap) * scores.softcap
+
+
+def share_of(scores_BHTP: Tensor, value_BGPE: Tensor, gate_BHTP: Tensor | None = None) -> Share:
+    """The softmax's share of slots with these scores (-inf: not seen); every value times its gate."""
+    highest = scores_BHTP.amax(-1).detach()  # -inf where a query sees no slot: no share at all
+    weights = torch.exp(scores_BHTP - torch.where(highest == -torch.inf, 0.0, highest)[..., None])
+    gated = weights if gate_BHTP is None else weights * gate_BHTP
+    num = torch.matmul(gated, _by_head(_wide(value_BGPE), scores_BHTP.shape[1]))
+    return Share(num, weights.sum(-1), highest)
+
+
+class SlotBranch(Branch):
+    """Keys (G, P, D) and values (G, P, E) that compete with tokens; a method changes scores and values."""
+
+    def __init__(self, key_GPD: Tensor, value_GPE: Tensor) -> None:
+        self.key_GPD, self.value_GPE = key_GPD, value_GPE
+
+    def __call__(self, call: Call) -> Share:
+        scores = self.changed(call, slot_scores(call.query_BHTD, self.key_GPD, call.scores))
+        return share_of(scores, self.value(call), self.gate(call))
+
+    def changed(self, call: Call, scores_BHTP: Tensor) -> Tensor:
+        """The scores as they compete."""
+        return scores_BHTP
+
+    def value(self, call: Call) -> Tensor:
+        """Values, (B or 1, G, P, E)."""
+        return self.value_GPE[None]
+
+    def gate(self, call: Call) -> Tensor | None:
+        """What values are multiplied by, (B or 1, 1 or H, T, P)."""
+        return None
+
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.key_GPD, self.value_GPE)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _by_head(x: Tensor, num_heads: int) -> Tensor:
+    """(..., G, P, X) for every query head."""
+    return x.repeat_interleave(num_heads // x.shape[-3], dim=-3)

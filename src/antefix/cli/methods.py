@@ -1,0 +1,47 @@
+"""`antefix methods`: what can be trained, where it comes from, and how much of it there is on a base."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from antefix.cli.output import Json, console, print_json
+
+
+def methods(
+    base: Annotated[
+        str | None, typer.Option(help="Also count what is trained and kept on this base, at a method's defaults.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods: name, paper, what they are made of, what they need, and how large they are on a base.
+
+    Example: `antefix methods --base smollm2-135m`
+    """
+    from antefix.base import load_base
+    from antefix.methods.listing import counted, listed
+
+    rows = listed()
+    if base is not None:
+        with console().status(f"loading {base}"):
+            loaded = load_base(base)
+        rows = [row | counted(loaded, row["name"]) for row in rows]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        typer.echo(_in_words(row))
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    lines = [f"{row['name']}: {row['summary']}", f"    {row['paper']}; made of {', '.join(row['parts'])}"]
+    notes = ["is kept as plain keys and values"] if row["folds_to_key_value"] else []
+    notes += [f"needs {need}" for need in row["needs"]]
+    if notes:
+        lines.append(f"    {'; '.join(notes)}")
+    if row.get("refusal"):
+        lines.append(f"    not on this base: {row['refusal']}")
+    elif "trained" in row:
+        lines.append(f"    trains {row['trained']:,} values, keeps {row['kept']:,}")
+    return "\n".join(lines)

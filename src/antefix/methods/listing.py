@@ -1,0 +1,37 @@
+"""The table of methods for people and machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from antefix.base import Base
+from antefix.errors import PrefixError
+from antefix.methods import METHODS, method_class
+
+
+def listed() -> list[dict[str, Any]]:
+    """Of every method: name, what it is, paper, parts, whether it folds, what examples must have beside a source."""
+    return [_row(name) for name in METHODS]
+
+
+def counted(base: Base, name: str) -> dict[str, Any]:
+    """How many values a method trains and keeps on a base, at its defaults; or why it cannot be used there."""
+    found = method_class(name)
+    try:
+        module = found.build(base, found.Config())
+    except PrefixError as error:
+        return {"trained": None, "kept": None, "refusal": str(error)}
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return {"trained": trained, "kept": sum(t.numel() for t in module.kept_tensors().values()), "refusal": None}
+
+
+def _row(name: str) -> dict[str, Any]:
+    found = method_class(name)
+    return {
+        "name": name,
+        "summary": found.summary,
+        "paper": found.paper,
+        "parts": list(found.parts),
+        "folds_to_key_value": found.folds_to_key_value,
+        "needs": ["a second text for every example"] if found.reads_second_text else [],
+    }
