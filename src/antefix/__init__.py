@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from antefix.attachment import Attachment
     from antefix.bank import Bank
     from antefix.base import Base, load_base
-    from antefix.data import Chat, Example, Message, Table, Triples, read
+    from antefix.data import Chat, Example, Message, Table, Triples, Words, read
     from antefix.data.linearise import TextFormat
     from antefix.decoding import Decoding
     from antefix.doctor import examine
     from antefix.errors import AntefixError
     from antefix.generation import generate
+    from antefix.labels import label
     from antefix.metrics import score
     from antefix.prefix import Card, Prefix
     from antefix.training.recipe import Recipe, TrainingRecipe, load_recipe
@@ -40,9 +41,11 @@ _PUBLIC = {
     "TextFormat": "antefix.data.linearise",
     "TrainingRecipe": "antefix.training.recipe",
     "Triples": "antefix.data",
+    "Words": "antefix.data",
     "attached": "antefix.attach",
     "examine": "antefix.doctor",
     "generate": "antefix.generation",
+    "label": "antefix.labels",
     "load_base": "antefix.base",
     "load_recipe": "antefix.training.recipe",
     "read": "antefix.data",
@@ -66,9 +69,11 @@ __all__ = [
     "TextFormat",
     "TrainingRecipe",
     "Triples",
+    "Words",
     "attached",
     "examine",
     "generate",
+    "label",
     "load_base",
     "load_recipe",
     "read",

@@ -31,6 +31,7 @@ from antefix.forward_call import (
 )
 from antefix.methods.base import MethodModule
 from antefix.parts.key_value import KeyValue
+from antefix.parts.label_head import LabelHead
 from antefix.parts.rows import EncoderRows
 from antefix.passes import Passes
 from antefix.prefix import Prefix
@@ -239,6 +240,13 @@ class Attachment:
     def longest_shift(self) -> int:
         """How many positions shifted prefixes take from the context at most."""
         return max(self._shifts)
+
+    def head_of(self, index: int) -> LabelHead:
+        """What reads labels off the states of rows with this prefix. Raises PrefixError where it labels nothing."""
+        head = None if index == BARE else self._modules[index].head
+        if head is None:
+            raise PrefixError("a row's prefix has no head that labels: it was not trained to classify or to tag")
+        return head
 
     @property
     def condition_length(self) -> int | None:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -74,13 +75,13 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
     if dtype not in get_args(Dtype):
         raise BaseModelError(f"unknown dtype '{dtype}': {nearest(dtype, get_args(Dtype))}")
     source: dict[str, Any] = {"pretrained_model_name_or_path": name}
-    if name == embedded.NAME:
-        source["pretrained_model_name_or_path"] = str(embedded.folder())
+    if name in embedded.WHEELS:
+        source["pretrained_model_name_or_path"] = str(embedded.folder(name))
     elif name.endswith(".gguf"):
         path = Path(name)
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    elif not Path(name).exists() and get_close_matches(name, [embedded.NAME], cutoff=0.8):
-        raise BaseModelError(f"no base '{name}': did you mean '{embedded.NAME}'?")
+    elif not Path(name).exists() and (near := get_close_matches(name, embedded.WHEELS, n=1, cutoff=0.8)):
+        raise BaseModelError(f"no base '{name}': did you mean '{near[0]}'?")
     elif not Path(name).exists() and name.count("/") > 1:
         raise BaseModelError(f"no folder or file '{name}': give a folder, a .gguf file, a hub id or '{embedded.NAME}'")
     if revision is not None:
@@ -157,4 +158,6 @@ def _auto_class(config: Any) -> Any:
     architectures = " ".join(config.architectures or [])
     if "MaskedLM" in architectures:
         return AutoModelForMaskedLM
+    if architectures in ("BertModel", "RobertaModel"):
+        return AutoModel
     return AutoModelForCausalLM

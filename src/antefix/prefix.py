@@ -24,8 +24,10 @@ from antefix.fingerprint import fingerprint
 from antefix.methods import method_class
 from antefix.methods.base import MethodModule
 from antefix.parts.initial import Positions
+from antefix.parts.label_head import LabelHead
 from antefix.settings import validated
 from antefix.sites import find_sites
+from antefix.tasks import LabelTask
 from antefix.tensor_file import TENSORS_FILE, problem_of, read_tensors, sha256_of
 
 FORMAT_VERSION = 1
@@ -54,6 +56,8 @@ class Card(BaseModel):
     config: dict[str, Any]
     positions: Positions
     base: BaseRecord
+    task: LabelTask | None = None
+    """What its head says of a text, with the labels' names; None: it writes texts."""
     text_format: dict[str, Any] = Field(default_factory=dict)
     """How a source becomes text: linearisation, separator, end token (see `antefix.data.TextFormat`)."""
     decoding: dict[str, Any] = Field(default_factory=dict)
@@ -100,7 +104,11 @@ class Prefix:
             )
         found = method_class(self.card.method)
         config = found.Config.model_validate(self.card.config)
-        return found.restore(find_sites(model), config, self.tensors)
+        head = {name: t for name, t in self.tensors.items() if name in LabelHead.NAMES}
+        module = found.restore(find_sites(model), config, {n: t for n, t in self.tensors.items() if n not in head})
+        if self.card.task is not None:
+            module.head = LabelHead.restore(head, len(self.card.task.labels))
+        return module
 
     def with_scores(self, name: str, scores: dict[str, Any]) -> Prefix:
         """The same prefix, its card telling these scores too (`test`: what it scored on the test set)."""

@@ -72,6 +72,11 @@ class Sites:
         return tuple(s for s in self.attention if kinds is None or s.kind in kinds)
 
     @property
+    def is_causal(self) -> bool:
+        """Whether tokens see what stands before them, and nothing else."""
+        return self.kinds == ("self",)
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds this base has."""
         return tuple(k for k in KINDS if any(s.kind == k for s in self.attention))

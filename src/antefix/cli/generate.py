@@ -82,7 +82,9 @@ def generate(
     name, revision = (base, None) if kept is None else (base or kept.card.base.name, kept.card.base.revision)
     loaded = load_base(name or "", dtype=cast("Dtype", dtype), device=device, revision=revision)
     with nullcontext() if kept is None else attached(loaded.model, kept):
-        if input_file is None:
+        if kept is not None and kept.card.task is not None:
+            _label(loaded, kept, examples, text_format, batch_size, output, overwrite, as_json)
+        elif input_file is None:
             _print_one(loaded, examples, text_format, chosen, as_json)
         else:
             _write_many(loaded, kept, examples, text_format, chosen, batch_size, output, overwrite, as_json)
@@ -122,6 +124,32 @@ def _say_cut(num_cut: int) -> None:
         f"cut to the text format's max_source_tokens: {num_cut:,} {'source' if num_cut == 1 else 'sources'}",
         highlight=False,
     )
+
+
+def _label(
+    base: Base, kept: Prefix, examples: list[Example], text_format: TextFormat, batch_size: int, output: Path | None,
+    overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """A prefix that labels: one source's labels are printed, those of a file go to the output file."""
+    from antefix.generated_file import GeneratedFile
+    from antefix.labels import label
+
+    labels = label(base, examples, text_format=text_format, batch_size=batch_size)
+    if output is None:
+        if as_json:
+            print_json({"labels": labels})
+        else:
+            typer.echo("\n".join(labels))
+        return
+    task = [base.fingerprint, kept.card.model_dump_json(), repr([e.source for e in examples])]
+    file = GeneratedFile(output, task, overwrite=overwrite)
+    for index, text in enumerate(labels):
+        file.add(index, text)
+    file.finish([e.where for e in examples])
+    if as_json:
+        print_json({"output": str(output), "texts": len(examples)})
+    else:
+        typer.echo(f"{len(examples)} labelled texts in {output}")
 
 
 def _print_one(base: Base, examples: list[Example], text_format: TextFormat, decoding: Decoding, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """From files to examples, from examples to batches. Knows nothing of prefixes."""
 
-from antefix.data.example import Chat, Example, Message, Source, Table, Triples
+from antefix.data.example import Chat, Example, Message, Source, Table, Triples, Words
 from antefix.data.readers import READERS, read
 from antefix.data.sample import sample_pairs, split_examples
 
@@ -12,6 +12,7 @@ __all__ = [
     "Source",
     "Table",
     "Triples",
+    "Words",
     "read",
     "sample_pairs",
     "split_examples",

@@ -23,6 +23,8 @@ class EncodedExample:
 
     source: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...] = ()
+    """Where labels are read off, for tasks that label: places in the source. A target then is a label's number each."""
     condition: tuple[int, ...] = ()
     """Of the second text, where methods read one."""
     num_before: int = 0
@@ -77,9 +79,9 @@ def encode(
             source, cut = text_format.encode_source_cut(tokenizer, example.source, for_encoder=for_encoder)
             cut_sources += cut
         except DataError as error:
-            raise DataError(f"{_where(example)}: {error}") from error
+            raise DataError(f"{where_of(example)}: {error}") from error
         if not source:
-            raise DataError(f"{_where(example)}: the source has no tokens: give it a separator (data.text.separator)")
+            raise DataError(f"{where_of(example)}: the source has no tokens: give it a separator (data.text.separator)")
         targets = []
         for text in example.targets:
             target = text_format.encode_target(tokenizer, text)
@@ -97,14 +99,14 @@ def encode_condition(example: Example, tokenizer: PreTrainedTokenizerBase, longe
     """Token ids of an example's second text. Raises DataError where it has none, or one that does not fit."""
     if example.condition is None:
         raise DataError(
-            f"{_where(example)}: this method reads a second text, and the example has none: name its column with "
+            f"{where_of(example)}: this method reads a second text, and the example has none: name its column with "
             "data.reader.condition_column"
         )
     ids = tuple(tokenizer(example.condition, add_special_tokens=False)["input_ids"])
     if not 0 < len(ids) <= longest:
         raise DataError(
-            f"{_where(example)}: the second text has {len(ids)} tokens, it may have 1 to {longest}: shorten it, or set "
-            "config.num_virtual_tokens higher"
+            f"{where_of(example)}: the second text has {len(ids)} tokens, it may have 1 to {longest}: shorten it, or "
+            "set config.num_virtual_tokens higher"
         )
     return ids
 
@@ -113,10 +115,11 @@ def _check_fits(example: Example, source: int, target: int, context: int | None,
     needed = max(source, target) if for_encoder else source + target
     if context is not None and needed > context:
         raise DataError(
-            f"{_where(example)}: {source} source and {target} target tokens do not fit into the base's context of "
+            f"{where_of(example)}: {source} source and {target} target tokens do not fit into the base's context of "
             f"{context}; shorten it, or set data.max_source_tokens to have sources cut"
         )
 
 
-def _where(example: Example) -> str:
+def where_of(example: Example) -> str:
+    """File and line of an example, as far as they are known."""
     return example.where or "an example"

@@ -94,7 +94,14 @@ class Chat:
     messages: tuple[Message, ...]
 
 
-Source = str | Table | Triples | Chat
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A text as words, each of which has a tag."""
+
+    words: tuple[str, ...]
+
+
+Source = str | Table | Triples | Chat | Words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

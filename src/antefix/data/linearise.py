@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from antefix.data.example import Chat, Message, Source, Table, Triples
+from antefix.data.example import Chat, Message, Source, Table, Triples, Words
 from antefix.errors import DataError, nearest
 
 if TYPE_CHECKING:
@@ -45,10 +45,11 @@ LINEARISATIONS: dict[str, Linearisation] = {
     "table": Linearisation(Table, lambda s: _fields(s, {}, ": ")),
     "triples": Linearisation(Triples, lambda s: " | ".join(f"{a} : {r} : {b}" for a, r, b in s.triples)),
     "plain": Linearisation(str, str),
+    "words": Linearisation(Words, lambda s: " ".join(s.words)),
 }
 """Name -> how a source is written. The card keeps the name, so what it means must never change."""
 
-_KINDS = {str: "plain text", Table: "tables", Triples: "triples", Chat: "conversations"}
+_KINDS = {str: "plain text", Table: "tables", Triples: "triples", Chat: "conversations", Words: "words"}
 
 
 class TextFormat(BaseModel):
@@ -194,6 +195,8 @@ def default_format(sources: Sequence[Source]) -> TextFormat:
         return TextFormat(linearise="e2e" if fields & _E2E_NAMES.keys() else "table")
     if isinstance(first, Triples):
         return TextFormat(linearise="triples")
+    if isinstance(first, Words):
+        return TextFormat(linearise="words")
     return TextFormat(chat=isinstance(first, Chat))
 
 
@@ -225,6 +228,8 @@ def parse_source(text: str, text_format: TextFormat) -> Source:
     if text_format.linearise == "plain":
         return text
     source: Source | None
+    if LINEARISATIONS[text_format.linearise].kind is Words:
+        return Words(tuple(text.split()))
     if LINEARISATIONS[text_format.linearise].kind is Table:
         source = parse_table(text) or _table_of(_json(text) or _piped(text, num_parts=2))
         shown = "table: write name[Fern Hill], food[French] or name: Fern Hill | food: French"

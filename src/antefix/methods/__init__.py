@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "infix": "antefix.methods.infix:Infix",
     "llama_adapter": "antefix.methods.llama_adapter:LlamaAdapter",
     "ntk_attention": "antefix.methods.ntk_attention:NtkAttention",
+    "p_tuning_v2": "antefix.methods.p_tuning_v2:PTuningV2",
     "pip_direct": "antefix.methods.pip_direct:PipDirect",
     "pip_indirect": "antefix.methods.pip_indirect:PipIndirect",
     "prefix_memory": "antefix.methods.prefix_memory:PrefixMemory",

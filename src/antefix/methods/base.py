@@ -12,6 +12,7 @@ from antefix.attention.branch import Branch, Condition
 from antefix.base import Base
 from antefix.parts.initial import Positions
 from antefix.parts.key_value import KeyValue
+from antefix.parts.label_head import LabelHead
 from antefix.parts.rows import EncoderRows
 from antefix.sites import Sites
 
@@ -45,6 +46,15 @@ class MethodModule(nn.Module):
     """Whether examples need a second text, at least while it is trained."""
     folds_to_key_value: ClassVar[bool] = False
     """Whether what is kept is plain keys and values, whatever it was trained as."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head: LabelHead | None = None
+        """What reads labels off hidden states, for tasks that label (see `antefix.tasks`)."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a prefix file holds, its head included."""
+        return self.kept_tensors() | ({} if self.head is None else self.head.kept())
 
     @classmethod
     def default_learning_rate(cls, config: Any) -> float:

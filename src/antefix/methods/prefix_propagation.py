@@ -22,7 +22,7 @@ from torch import Tensor
 
 from antefix.base import Base
 from antefix.methods.base import MethodConfig
-from antefix.methods.soft_rows import SoftRows, is_causal
+from antefix.methods.soft_rows import SoftRows
 from antefix.sites import Sites, find_sites
 
 
@@ -59,7 +59,7 @@ class PrefixPropagation(SoftRows):
 
     @classmethod
     def _shapes(cls, sites: Sites, config: Any) -> dict[str, tuple[int, ...]]:
-        chosen = sites.of_kinds(("self",) if is_causal(sites) else ("encoder_self",))
+        chosen = sites.of_kinds(("self",) if sites.is_causal else ("encoder_self",))
         return {f"{s.name}.added": (config.num_virtual_tokens, s.hidden_width) for s in chosen}
 
     def _rows(self) -> Tensor:

@@ -75,6 +75,8 @@ class PrefixTuning(MethodModule):
     paper = "arXiv 2101.00190"
     parts: ClassVar[tuple[str, ...]] = ("key/value slots",)
     folds_to_key_value = True
+    learns_relative_to_size: ClassVar[bool] = True
+    """Whether direct slots are learned as multiples of the size that they start with."""
 
     def __init__(self, config: PrefixTuningConfig, slots: DirectSlots | NetworkSlots, first: Slots | None) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class PrefixTuning(MethodModule):
         num_slots = next(iter(start.values())).key_GPD.shape[1]
         if config.parametrisation == "direct":
             slots: DirectSlots | NetworkSlots = DirectSlots(
-                chosen, start, relative=True, keys_only=cls.keys_only(sites)
+                chosen, start, relative=cls.learns_relative_to_size, keys_only=cls.keys_only(sites)
             )
         else:
             slots = cls.network(sites, config, num_slots)

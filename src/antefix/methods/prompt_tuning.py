@@ -20,7 +20,7 @@ from torch import Tensor
 from antefix.base import Base
 from antefix.errors import PrefixError
 from antefix.methods.base import MethodConfig
-from antefix.methods.soft_rows import ROWS, SoftRows, is_causal
+from antefix.methods.soft_rows import ROWS, SoftRows
 from antefix.sites import Sites, find_sites, first_states
 
 _COMMON_TOKENS = 5000
@@ -65,7 +65,7 @@ def first_rows(base: Base, count: int, config: Any) -> Tensor:
     """(P, C) as `initial` says. Raises PrefixError for a text of no tokens."""
     weights: Tensor = base.model.get_input_embeddings().weight  # type: ignore[assignment]
     if config.initial == "uniform":
-        width = weights.shape[1] if is_causal(find_sites(base.model)) else _row_width(find_sites(base.model))
+        width = weights.shape[1] if find_sites(base.model).is_causal else _row_width(find_sites(base.model))
         scale: float = config.initial_scale
         return (torch.rand(count, width) * 2 - 1) * scale
     if config.initial == "vocabulary":

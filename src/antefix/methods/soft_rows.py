@@ -46,30 +46,28 @@ class SoftRows(MethodModule):
     @classmethod
     def build(cls, base: Base, config: Any) -> Self:
         sites = find_sites(base.model)
-        if is_causal(sites) and sites.positions == "none":
+        if sites.is_causal and sites.positions == "none":
             raise PrefixError(
                 "rows before a text need a base that takes position_ids, or an encoder: use prefix_tuning"
             )
         tensors = cls.first_tensors(base, config)
-        return cls(config, sites, tensors, base.model if is_causal(sites) else None)
+        return cls(config, sites, tensors, base.model if sites.is_causal else None)
 
     @classmethod
     def restore(cls, sites: Sites, config: Any, tensors: Mapping[str, Tensor]) -> Self:
-        shapes = (
-            slot_shapes(sites, config.num_virtual_tokens) if is_causal(sites) else cls.encoder_shapes(sites, config)
-        )
+        shapes = slot_shapes(sites, config.num_virtual_tokens) if sites.is_causal else cls.encoder_shapes(sites, config)
         return cls(config, sites, checked(tensors, shapes), None).requires_grad_(False).eval()
 
     @property
     def positions(self) -> Positions:
-        return positions_of_rows(self._sites) if is_causal(self._sites) else "in_place"
+        return positions_of_rows(self._sites) if self._sites.is_causal else "in_place"
 
     @property
     def num_virtual_tokens(self) -> int:
         return int(self.config.num_virtual_tokens)
 
     def slots(self) -> dict[str, KeyValue]:
-        if not is_causal(self._sites):
+        if not self._sites.is_causal:
             return {}
         (model,) = self._read_by
         if model is not None:
@@ -78,10 +76,10 @@ class SoftRows(MethodModule):
         return {name: KeyValue(tensors["key"], tensors["value"]) for name, tensors in at.items()}
 
     def encoder_rows(self) -> EncoderRows | None:
-        return None if is_causal(self._sites) else EncoderRows(self._rows(), self._added())
+        return None if self._sites.is_causal else EncoderRows(self._rows(), self._added())
 
     def kept_tensors(self) -> dict[str, Tensor]:
-        if not is_causal(self._sites):
+        if not self._sites.is_causal:
             return self._tensors.kept()
         kept: dict[str, Tensor] = {}
         for name, (key, value) in self.slots().items():
@@ -94,11 +92,6 @@ class SoftRows(MethodModule):
     def _added(self) -> dict[str, Tensor]:
         at = {site.name: self._tensors.at(site.name) for site in self._sites.attention}
         return {name: tensors["added"] for name, tensors in at.items() if "added" in tensors}
-
-
-def is_causal(sites: Sites) -> bool:
-    """Whether rows before a text do not see it."""
-    return sites.kinds == ("self",)
 
 
 def slot_shapes(sites: Sites, num_slots: int) -> dict[str, tuple[int, ...]]:

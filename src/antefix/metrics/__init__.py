@@ -23,6 +23,9 @@ METRICS: dict[str, str] = {
     "rouge_l": "antefix.metrics.rouge_l",
     "cider": "antefix.metrics.cider",
     "rouge_l_13a": "antefix.metrics.rouge_l_13a",
+    "accuracy": "antefix.metrics.accuracy",
+    "word_accuracy": "antefix.metrics.word_accuracy",
+    "span_f1": "antefix.metrics.span_f1",
 }
 """Name -> module, imported when asked for. METEOR, ROUGE-L and CIDEr need Java, for their tokeniser."""
 E2E_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider")

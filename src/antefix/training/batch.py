@@ -76,7 +76,7 @@ def packed_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel
 def padded_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
     """One row a pair, padded on the right, with an ordinary mask: what every model takes."""
     rows = [_Row.of(encoded, Unit(u.example, (t,))) for u in units for t in u.targets]
-    ids, mask = right_padded([r.ids for r in rows], _pad_id(model))
+    ids, mask = right_padded([r.ids for r in rows], pad_id_of(model))
     starts = range(0, ids.numel(), ids.shape[1])
     batch = _with_labels({"input_ids": ids, "attention_mask": mask, "use_cache": False}, rows, starts)
     return replace(batch, source_lengths=torch.tensor([r.num_source for r in rows]))
@@ -85,7 +85,7 @@ def padded_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel
 def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
     """Every source once in the encoder, every target a row of the decoder."""
     start = model.config.decoder_start_token_id
-    pad = _pad_id(model)
+    pad = pad_id_of(model)
     sources = [encoded.examples[u.example].source for u in units]
     encoder_ids, encoder_mask = right_padded(sources, pad)
     targets = [encoded.examples[u.example].targets[t] for u in units for t in u.targets]
@@ -196,6 +196,7 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
     return ids, mask
 
 
-def _pad_id(model: PreTrainedModel) -> int:
+def pad_id_of(model: PreTrainedModel) -> int:
+    """The token that rows are padded with."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     return 0 if pad is None else int(pad)

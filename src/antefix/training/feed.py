@@ -18,16 +18,19 @@ from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, microbatches
 from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
+from antefix.parts.label_head import LabelHead
 from antefix.training.batch import Batch, encoder_decoder_batch, packed_batch, padded_batch
 from antefix.training.kept_sources import KeptSources
+from antefix.training.labelling import labelled_batch, labelled_losses
 from antefix.training.objectives import pair_losses
 from antefix.training.recipe import TrainingRecipe
 
-BatchForm = Literal["packed", "padded", "encoder_decoder"]
+BatchForm = Literal["packed", "padded", "encoder_decoder", "labels"]
 _FORMS: dict[BatchForm, Callable[[Encoded, Sequence[Unit], PreTrainedModel], Batch]] = {
     "packed": packed_batch,
     "padded": padded_batch,
     "encoder_decoder": encoder_decoder_batch,
+    "labels": labelled_batch,
 }
 
 
@@ -41,6 +44,8 @@ class Feed:
     tokens_per_batch: int
     condition_length: int | None = None
     """The most tokens of a second text; None: none is read."""
+    label_head: LabelHead | None = None
+    """What reads labels off hidden states; None: the base's own head writes texts."""
     kept: KeptSources | None = None
     """The sources, where they are read once and not fed."""
 
@@ -53,6 +58,12 @@ class Feed:
         return microbatches(
             self._fed, units, self.tokens_per_batch, packed=self.form != "padded", multiple_of=multiple_of
         )
+
+    def losses(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """The summed loss of every pair, (M,), float32."""
+        if self.label_head is not None:
+            return labelled_losses(self.model, self.label_head, batch, label_smoothing)
+        return pair_losses(self.model, batch, label_smoothing)
 
     def batch(self, units: Sequence[Unit]) -> Batch:
         """What the model takes, on its device."""
@@ -72,7 +83,7 @@ def feed_of(
     recipe: TrainingRecipe,
 ) -> Feed:  # fmt: skip
     """A data set as a recipe has it fed. Raises TrainingError where its sources cannot be kept."""
-    feed = Feed(model, data, form, recipe.tokens_per_batch, attachment.condition_length)
+    feed = Feed(model, data, form, recipe.tokens_per_batch, attachment.condition_length, module.head)
     if not recipe.keep_source_states:
         return feed
     if not module.for_targets:
@@ -85,11 +96,14 @@ def feed_of(
     return replace(feed, kept=KeptSources(model, attachment, data, recipe.tokens_per_batch))
 
 
-def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None) -> BatchForm:
+def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None, *, labels: bool = False) -> BatchForm:
     """Which form of batch the base takes; asked of the base itself, on one source of the data.
 
-    Raises TrainingError if packed rows were asked for and the base gives other losses with them.
+    labels: whether texts are labelled, not written; their rows are padded. Raises TrainingError if packed rows were
+    asked for and the base gives other losses with them.
     """
+    if labels:
+        return "labels"
     if model.config.is_encoder_decoder:
         return "encoder_decoder"
     if packed is False:

@@ -38,7 +38,7 @@ from antefix.processes import (
 )
 from antefix.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
 from antefix.training.feed import BatchForm, Feed, batch_form, feed_of
-from antefix.training.objectives import StepSize, pair_losses, reduce_losses
+from antefix.training.objectives import StepSize, reduce_losses
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.recompute import recomputing
 
@@ -108,10 +108,10 @@ def train_loop(
     parameters = [p for params, _ in module.rate_scales() for p in params]
     optimiser = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=recipe.weight_decay)
     num_steps = planned_steps(train_set, recipe)
-    progress, best = Progress(), module.kept_tensors()
+    progress, best = Progress(), module.kept()
     # Before a checkpoint is loaded and without dropout: a resumed run must come to the same answer.
     with failing_together(), attached(model, module.eval()):
-        form = batch_form(model, train_set, recipe.packed)
+        form = batch_form(model, train_set, recipe.packed, labels=module.head is not None)
     module.train()
     checkpoint = None if run_folder is None else run_folder / CHECKPOINT_FILE
     with failing_together():
@@ -145,7 +145,7 @@ def train_loop(
                 # Every draw is a function of the seed, the step and the pass in it: a resumed run draws the same, and
                 # processes draw what one would.
                 torch.manual_seed(recipe.seed * 1_000_003 + progress.step + number * 15_485_863)
-                losses = pair_losses(model, batch, recipe.label_smoothing)
+                losses = feed.losses(batch, recipe.label_smoothing)
                 part_loss = reduce_losses(losses, size, recipe.loss_reduction)
                 if (auxiliary := module.auxiliary_loss(batch.condition)) is not None:
                     part_loss = part_loss + auxiliary * len(part) / len(units)
@@ -161,10 +161,10 @@ def train_loop(
             scores, is_best = None, False
             if progress.step in evaluate_at:
                 evaluation_started = time.perf_counter()
-                scores = _evaluate(model, module, dev_feed, recipe, dev_metric)
+                scores = _evaluate(module, dev_feed, dev_metric)
                 is_best = _note_scores(progress, scores, recipe)
                 if is_best:
-                    best = module.kept_tensors()
+                    best = module.kept()
                 evaluating += time.perf_counter() - evaluation_started
             now = time.perf_counter()
             progress.seconds = seconds_before + now - started
@@ -198,7 +198,7 @@ def train_loop(
     for tracker in accelerator.trackers:  # not `end_training`: it ends the processes' bond as well
         tracker.finish()
     if not evaluate_at:
-        progress.best_step, best = progress.step, module.kept_tensors()
+        progress.best_step, best = progress.step, module.kept()
     module.eval()
     return Outcome(progress, best, form)
 
@@ -236,25 +236,21 @@ def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
 
 
 @torch.no_grad()
-def dev_loss(model: PreTrainedModel, feed: Feed) -> float:
-    """Mean negative log-likelihood of a target token, whatever the training loss was. Processes share the work."""
+def dev_loss(feed: Feed) -> float:
+    """Mean negative log-likelihood of a target token, or label, whatever the training loss was; processes share it."""
     total, count = 0.0, sum(len(t) for e in feed.data.examples for t in e.targets)
     for part in shared(feed.parts(all_units(feed.data))):
-        total += float(pair_losses(model, feed.batch(part)).double().sum())
+        total += float(feed.losses(feed.batch(part)).double().sum())
     return sum(gathered(total)) / count
 
 
 def _evaluate(
-    model: PreTrainedModel,
-    module: MethodModule,
-    dev_feed: Feed | None,
-    recipe: TrainingRecipe,
-    dev_metric: Callable[[], dict[str, float]] | None,
+    module: MethodModule, dev_feed: Feed | None, dev_metric: Callable[[], dict[str, float]] | None
 ) -> dict[str, float]:
     module.eval()
     scores = {}
     if dev_feed is not None:
-        scores["dev_loss"] = dev_loss(model, dev_feed)
+        scores["dev_loss"] = dev_loss(dev_feed)
     if dev_metric is not None:
         scores |= dev_metric()
     module.train()

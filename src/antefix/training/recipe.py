@@ -20,6 +20,7 @@ from antefix.errors import DataError, RecipeError
 from antefix.methods import method_class
 from antefix.methods.base import MethodConfig
 from antefix.settings import override, put, validated
+from antefix.tasks import METRICS_OF, TaskName
 from antefix.training.objectives import LossReduction
 from antefix.training.space import SearchRecipe, Value
 
@@ -92,10 +93,11 @@ class TrainingRecipe(_Section):
     alone see (`infix`), packed rows, no dropout in the base."""
     evaluations: int = Field(8, ge=0)
     """How often the dev loss is measured, the last time at the end; 0: never (the last step is kept)."""
-    dev_metric: Literal["loss", "bleu"] = "loss"
-    """What chooses the best step: the dev loss, or BLEU of texts generated for `dev_metric_sources` sources."""
+    dev_metric: Literal["loss", "bleu", "accuracy", "span_f1", "word_accuracy"] = "loss"
+    """What chooses the best step: the dev loss, or a score of the task of what is written, or labelled, for
+    `dev_metric_sources` sources."""
     dev_metric_sources: int = Field(50, ge=1)
-    """How many sources of the dev set BLEU takes, from its beginning."""
+    """How many sources of the dev set such a score takes, from its beginning."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many evaluations without a better one."""
     checkpoint_seconds: float = Field(30.0, ge=0)
@@ -122,6 +124,8 @@ class Recipe(_Section):
     dtype: Dtype = "native"
     """Precision of the frozen weights; what is learned stays float32. `native`: bfloat16 where this processor or GPU
     multiplies it natively, else float32. `int8` needs `pip install 'antefix[int8]'`."""
+    task: TaskName = "text_generation"
+    """What is learned: to write texts, or to label whole texts (`classification`) or their words (`tagging`)."""
     method: str = "prefix_tuning"
     """The method's name; several that act together are joined, `prefix_tuning+prefix_memory`."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -147,6 +151,13 @@ class Recipe(_Section):
             method_class(self.method)
         except RecipeError as error:
             raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def _metric_of_the_task(self) -> Recipe:
+        known = ("loss", *METRICS_OF[self.task])
+        if self.training.dev_metric not in known:
+            raise ValueError(f"training.dev_metric of {self.task} is one of {', '.join(known)}")
         return self
 
     @property

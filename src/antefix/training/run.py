@@ -20,12 +20,16 @@ from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
 from antefix.errors import PrefixError, TrainingError
 from antefix.generation import default_decoding, generate, require_generator
+from antefix.labels import label
 from antefix.methods import method_class
 from antefix.methods.base import MethodConfig, MethodModule
 from antefix.metrics import load, score
+from antefix.parts.label_head import LabelHead
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.processes import failing_together, is_main, on_processor, rejoined, shared
 from antefix.settings import validated
+from antefix.sites import find_sites
+from antefix.tasks import LabelTask, TaskName
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import Journal
 from antefix.training.loop import Outcome, StepReport, planned_steps, train_loop
@@ -51,6 +55,8 @@ class Prepared:
     learning_rate: float
     method: str
     data_name: str
+    task: LabelTask | None
+    """None: to write texts."""
 
     @property
     def num_steps(self) -> int:
@@ -60,7 +66,8 @@ class Prepared:
     def digest(self) -> str:
         """Tells this run from any other: what is trained on, on which base, how, and how it is watched."""
         parts = (
-            self.base.fingerprint, self.base.precision, self.method, repr(self.config), repr(self.learning_rate),
+            self.base.fingerprint, self.base.precision, self.method, repr(self.task), repr(self.config),
+            repr(self.learning_rate),
             repr(self.text_format), repr(self.decoding), repr(self.train_set), repr(self.dev_set),
             self.training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}),
         )  # fmt: skip
@@ -72,6 +79,7 @@ def train(
     examples: Sequence[Example],
     *,
     method: str = "prefix_tuning",
+    task: TaskName = "text_generation",
     dev: Sequence[Example] | None = None,
     text_format: TextFormat | None = None,
     decoding: Decoding | None = None,
@@ -91,7 +99,7 @@ def train(
         examples, dev = split_examples(examples, 0.1, training.seed)
     prepared = prepare(
         base, examples, dev, method=method, config=config, text_format=text_format, decoding=decoding,
-        training=training, data_name=data_name,
+        training=training, data_name=data_name, task=task,
     )  # fmt: skip
     return run(prepared, None if run_folder is None else Path(run_folder), watch)
 
@@ -140,7 +148,7 @@ def prepare_recipe(
     return prepare(
         base or recipe_base(recipe), train_examples, dev_examples, method=recipe.method, config=recipe.config,
         text_format=TextFormat.from_dict(text), decoding=decoding, training=recipe.training,
-        data_name=data.train, max_target_tokens=data.max_target_tokens,
+        data_name=data.train, max_target_tokens=data.max_target_tokens, task=recipe.task,
     )  # fmt: skip
 
 
@@ -156,12 +164,17 @@ def prepare(
     training: TrainingRecipe,
     data_name: str = "",
     max_target_tokens: int | None = None,
+    task: TaskName = "text_generation",
 ) -> Prepared:
     """Build the prefix and encode the data.
 
     max_target_tokens: longer targets are cut, and counted; None: one that does not fit is an error.
     """
-    require_generator(base)
+    labelled = None if task == "text_generation" else LabelTask.of(task, train_examples)
+    if labelled is None:
+        require_generator(base)
+    elif base.model.config.is_encoder_decoder:
+        raise TrainingError(f"{task} needs an encoder or a decoder, '{base.name}' is both: take BERT or a causal model")
     if base.model.config.is_encoder_decoder and base.model.config.decoder_start_token_id is None:
         raise TrainingError(f"the base '{base.name}' has no decoder_start_token_id: set it in its config.json")
     found = method_class(method)
@@ -177,12 +190,16 @@ def prepare(
             f"{checked.parent} has {parent.card.positions} positions, this recipe {module.positions}: "
             f"set config.positions = '{parent.card.positions}'"
         )
+    if labelled is not None:
+        module.head = LabelHead(int(base.model.config.get_text_config().hidden_size), len(labelled.labels))
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
     fits = Limits(context=context, target=max_target_tokens, condition=module.condition_length)
-    for_encoder = bool(base.model.config.is_encoder_decoder)
+    encode_all = encode if labelled is None else labelled.encode
+    for_encoder = not find_sites(base.model).is_causal
     train_set, dev_set = (
-        encode(e, text_format, base.tokenizer, fits, for_encoder=for_encoder) for e in (train_examples, dev_examples)
+        encode_all(e, text_format, base.tokenizer, fits, for_encoder=for_encoder)
+        for e in (train_examples, dev_examples)
     )
     if train_set.num_pairs == 0:
         raise TrainingError(
@@ -202,6 +219,7 @@ def prepare(
         learning_rate=training.learning_rate or found.default_learning_rate(checked),
         method=method,
         data_name=data_name,
+        task=labelled,
     )
 
 
@@ -225,7 +243,7 @@ def run(
         learning_rate=prepared.learning_rate,
         digest=prepared.digest,
         run_folder=run_folder,
-        dev_metric=_bleu_of(prepared) if prepared.training.dev_metric == "bleu" else None,
+        dev_metric=None if prepared.training.dev_metric == "loss" else _score_of(prepared),
         watch=watch,
         stop_requested=stop_requested,
     )
@@ -286,23 +304,32 @@ def data_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _bleu_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
+def _score_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
     examples = [e for e in prepared.dev_examples if e.targets][: prepared.training.dev_metric_sources]
+    name = prepared.training.dev_metric
 
     def measure() -> dict[str, float]:
         mine, texts = shared(examples), []
         with failing_together():
             if mine:
-                texts = generate(prepared.base, mine, text_format=prepared.text_format, decoding=prepared.decoding)
-        return {"dev_bleu": score([e.targets for e in examples], rejoined(texts), ["bleu"])["bleu"]}
+                texts = _answers(prepared, mine)
+        return {f"dev_{name}": score([e.targets for e in examples], rejoined(texts), [name])[name]}
 
     return measure
 
 
+def _answers(prepared: Prepared, examples: Sequence[Example]) -> list[str]:
+    """What is written for these sources, or their labels."""
+    if prepared.task is None:
+        return generate(prepared.base, examples, text_format=prepared.text_format, decoding=prepared.decoding)
+    return label(prepared.base, examples, text_format=prepared.text_format, task=prepared.task)
+
+
 def _metric_versions(prepared: Prepared) -> dict[str, Any]:
-    if prepared.training.dev_metric != "bleu":
+    name = prepared.training.dev_metric
+    if name == "loss":
         return {}  # a loss has no version
-    return {"versions": {"dev_bleu": load("bleu").VERSION}}
+    return {"versions": {f"dev_{name}": load(name).VERSION}}
 
 
 def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: str | None, notes: str) -> Card:
@@ -312,6 +339,7 @@ def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: 
         config=prepared.config.model_dump(mode="json"),
         positions=prepared.module.positions,
         base=BaseRecord(name=base.name, revision=base.revision, fingerprint=base.fingerprint),
+        task=prepared.task,
         text_format=prepared.text_format.to_dict(),
         decoding=prepared.decoding.model_dump(mode="json", exclude_defaults=True),
         training={

@@ -27,6 +27,7 @@ READERS: dict[str, str] = {
     "triples": "antefix.data.readers.triples",
     "plain": "antefix.data.readers.plain",
     "chat": "antefix.data.readers.chat",
+    "tagged": "antefix.data.readers.tagged",
 }
 
 
@@ -63,6 +64,8 @@ def format_of(row: Row) -> str:
         return "e2e"
     if "triples" in row:
         return "triples"
+    if isinstance(row.get("words"), list):
+        return "tagged"
     return "chat" if {"messages", "conversations", "instruction"} & set(row) else "plain"
 
 

@@ -23,7 +23,7 @@ from antefix.errors import DataError, nearest
 
 PART = "::"
 _SPLIT_WORDS = {"train": ("train",), "dev": ("dev", "valid", "val"), "test": ("test_w_refs", "testset_w_refs", "test")}
-ENDINGS = (".csv", ".tsv", ".jsonl", ".json")
+ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".conll")
 
 Lines = Iterator[tuple[int, str]]
 """`(number, text)`, from line 1 on, with its line end."""
@@ -134,7 +134,11 @@ def _parser(name: str) -> Callable[[str, Lines], Iterator[tuple[int, dict[str, A
         return json_rows
     if ending in (".csv", ".tsv"):
         return lambda name, lines: csv_rows(name, lines, "\t" if ending == ".tsv" else ",")
-    raise DataError(f"{name}: unknown kind of file; known are .csv, .tsv, .jsonl, .json (each also .gz) and .zip")
+    if ending == ".conll":
+        return conll_rows
+    raise DataError(
+        f"{name}: unknown kind of file; known are .csv, .tsv, .jsonl, .json, .conll (each also .gz) and .zip"
+    )
 
 
 def csv_rows(name: str, lines: Lines, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -221,6 +225,28 @@ def _checked(name: str, line: int, row: Any, content: str) -> dict[str, Any]:
         except UnicodeEncodeError as error:
             raise DataError(f"{name}, line {line}: half a character ({error.object[error.start]!r} alone)") from error
     return row
+
+
+def conll_rows(name: str, lines: Lines) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`(line, row)` of texts that an empty line ends, a word a line: the word first, its tag last."""
+    words: list[str] = []
+    tags: list[str] = []
+    first = 1
+    for line, text in lines:
+        cells = text.split()
+        if not cells:
+            if words:
+                yield first, {"words": words, "tags": tags}
+            words, tags = [], []
+            continue
+        if len(cells) < 2:
+            raise DataError(f"{name}, line {line}: a word and its tag are needed, there is only {cells[0]!r}")
+        if not words:
+            first = line
+        words.append(cells[0])
+        tags.append(cells[-1])
+    if words:
+        yield first, {"words": words, "tags": tags}
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,23 @@
+"""The last hidden states of a model, without its output head's work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def last_hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """(B, T, C), of a forward pass of the whole model, what is attached to it included; its head gets a token a row."""
+    kept: list[Tensor] = []
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    handles = [model.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0]))]
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(lambda module, args: (args[0][..., :1, :],)))
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept[-1]  # a pass inside this one, of rows before a text, is over before it

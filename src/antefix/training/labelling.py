@@ -1,0 +1,48 @@
+"""Labelled texts: their batches and their losses.
+
+Axes: B rows, T tokens, C width of hidden states, N labels, M pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from antefix.attach import told
+from antefix.data.encode import Encoded
+from antefix.data.plan import Unit
+from antefix.hidden_states import last_hidden_states
+from antefix.parts.label_head import LabelHead
+from antefix.training.batch import Batch, pad_id_of, right_padded
+
+
+def labelled_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
+    """Every source a row, padded on the right; a label at each of its places, of every target."""
+    examples = [encoded.examples[u.example] for u in units]
+    ids, mask = right_padded([e.source for e in examples], pad_id_of(model))
+    width = ids.shape[1]
+    pairs = [(b, examples[b].targets[t]) for b, u in enumerate(units) for t in u.targets]
+    positions = [b * width + place for b, e in enumerate(examples) for place in e.places]
+    first = [sum(len(e.places) for e in examples[:b]) for b in range(len(examples))]
+    return Batch(
+        inputs={"input_ids": ids, "attention_mask": mask},
+        positions=torch.tensor(positions),
+        row=torch.tensor([first[b] + n for b, target in pairs for n in range(len(target))]),
+        label=torch.tensor([label for _, target in pairs for label in target]),
+        pair=torch.tensor([m for m, (_, target) in enumerate(pairs) for _ in target]),
+        num_pairs=len(pairs),
+        num_tokens=ids.numel(),
+        source_lengths=torch.tensor([len(e.source) for e in examples]),
+    )
+
+
+def labelled_losses(model: PreTrainedModel, head: LabelHead, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    """The summed cross-entropy of every pair's labels, (M,), float32."""
+    with told(model, source_lengths=batch.source_lengths, condition=batch.condition):
+        states_BTC = last_hidden_states(model, batch.inputs)
+    scores = head(states_BTC.flatten(0, 1)[batch.positions])[batch.row]
+    losses_N = torch.nn.functional.cross_entropy(scores, batch.label, reduction="none", label_smoothing=label_smoothing)
+    return torch.zeros(batch.num_pairs, device=losses_N.device).index_add(0, batch.pair, losses_N)

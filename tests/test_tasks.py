@@ -1,0 +1,189 @@
+"""Tasks that label: from files to heads, from prefixes to labels and their scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENCODER_ONLY, METHOD_CONFIGS, tiny_base
+from typer.testing import CliRunner
+
+import antefix
+from antefix.attach import attached
+from antefix.base import Base
+from antefix.cli import app
+from antefix.data.encode import Limits
+from antefix.data.example import Words
+from antefix.data.linearise import TextFormat
+from antefix.errors import DataError, GenerationError, PrefixFileError, TrainingError
+from antefix.hidden_states import last_hidden_states
+from antefix.labels import label
+from antefix.metrics import score
+from antefix.metrics.span_f1 import spans
+from antefix.prefix import Prefix
+from antefix.tasks import LabelTask
+from antefix.training.recipe import TrainingRecipe
+
+BASES = ("llama", "gpt2", *ENCODER_ONLY)
+ANIMALS = [antefix.Example(source=f"{noise} {kind}", targets=("pet" if kind == "cat" else "wild",))
+           for kind in ("cat", "elk") for noise in ("a", "the", "one", "my", "no", "her")]  # fmt: skip
+TAGGED = [
+    antefix.Example(source=Words((a, b, c)), targets=(" ".join([first, "O", last]),))
+    for a, first in (("zz", "B-x"), ("ab", "O")) for b in ("m", "n", "o") for c, last in (("qq", "B-y"), ("cd", "O"))
+]  # fmt: skip
+
+
+def trained(base: Base, task: str, examples: list[antefix.Example], **config: object) -> Prefix:
+    training = TrainingRecipe(
+        max_steps=60, pairs_per_step=12, evaluations=3, learning_rate=0.03, schedule="constant", warmup_steps=0
+    )
+    given = {"num_virtual_tokens": 4, "initial_scale": 0.5, "dropout": 0.0, **config}
+    return antefix.train(base, examples, task=task, dev=examples, training=training, method="p_tuning_v2", **given)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_texts_are_classified(name: str, tmp_path: Path) -> None:
+    base = tiny_base(name)
+    prefix = Prefix.load(trained(base, "classification", ANIMALS).save(tmp_path / "kept"))
+    assert prefix.card.task == LabelTask(name="classification", labels=("pet", "wild"))
+    assert {"head.weight", "head.bias"} <= prefix.tensors.keys()
+    with attached(base.model, prefix):
+        found = label(base, ANIMALS)
+    assert score([e.targets for e in ANIMALS], found, ["accuracy"])["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_words_are_tagged(name: str, tmp_path: Path) -> None:
+    base = tiny_base(name)
+    prefix = Prefix.load(trained(base, "tagging", TAGGED).save(tmp_path / "kept"))
+    with attached(base.model, prefix):
+        found = label(base, TAGGED)
+    scores = score([e.targets for e in TAGGED], found, ["span_f1", "word_accuracy"])
+    assert scores["word_accuracy"] > 0.9
+    assert scores["span_f1"] > 0.8
+
+
+def test_rows_carry_prefixes_of_their_own(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    swapped = [antefix.Example(source=e.source, targets=("wild" if e.targets[0] == "pet" else "pet",)) for e in ANIMALS]
+    first, second = (trained(base, "classification", some) for some in (ANIMALS, swapped))
+    with attached(base.model, first, second) as attachment:
+        attachment.rows = [n % 2 for n in range(len(ANIMALS))]
+        found = label(base, ANIMALS, batch_size=5)
+        assert attachment.rows.tolist() == [n % 2 for n in range(len(ANIMALS))]
+    wanted = [(ANIMALS, swapped)[n % 2][n].targets[0] for n in range(len(ANIMALS))]
+    assert found == wanted
+
+
+@pytest.mark.parametrize("method", ["apt", "prompt_tuning", "prefix_memory", "llama_adapter", "sparse_prefix"])
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_every_kind_of_method_classifies(name: str, method: str) -> None:
+    base = tiny_base(name)
+    training = TrainingRecipe(max_steps=3, pairs_per_step=4, evaluations=1)
+    prefix = antefix.train(
+        base, ANIMALS, task="classification", training=training, method=method, **METHOD_CONFIGS[method]
+    )
+    with attached(base.model, prefix):
+        assert set(label(base, ANIMALS)) <= {"pet", "wild"}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_states_are_those_of_the_whole_model(name: str) -> None:
+    base = tiny_base(name)
+    ids = torch.randint(3, 200, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = last_hidden_states(base.model, {"input_ids": ids})
+        wanted = base.model(ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found, wanted)
+
+
+def test_places_are_first_tokens_in_encoders_and_last_ones_in_decoders() -> None:
+    """One token a byte: 'ab' is two tokens; words after the first begin with a space."""
+    tokenizer = tiny_base("llama").tokenizer
+    task = LabelTask.of("tagging", TAGGED)
+    source = Words(("ab", "m", "cd"))
+    for for_encoder, wanted in ((True, [0, 2, 3]), (False, [1, 2, 4])):
+        ids, places = task.encode_source(source, TextFormat(linearise="words"), tokenizer, for_encoder=for_encoder)
+        assert len(ids) == 5
+        assert places == wanted
+    task = LabelTask.of("classification", ANIMALS)
+    ids, places = task.encode_source("a cat", TextFormat(), tokenizer, for_encoder=False)
+    assert places == [len(ids) - 1]
+
+
+def test_conll_files_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "names.conll"
+    file.write_text("Fern\tx\tB-person\nlives O\n\n\nKent B-place\n", encoding="utf-8")
+    found = antefix.read(file)
+    assert [(e.source, e.targets, e.where.rpartition(" ")[2]) for e in found] == [
+        (Words(("Fern", "lives")), ("B-person O",), "1"), (Words(("Kent",)), ("B-place",), "5")
+    ]  # fmt: skip
+    file.write_text("Fern\n", encoding="utf-8")
+    with pytest.raises(DataError, match="names.conll, line 1: a word and its tag are needed"):
+        antefix.read(file)
+
+
+def test_spans_are_conllevals() -> None:
+    assert spans(["B-a", "I-a", "O", "I-b", "I-b", "B-b", "I-a"]) == {
+        (0, 2, "a"),
+        (3, 5, "b"),
+        (5, 6, "b"),
+        (6, 7, "a"),
+    }
+    assert score([["B-a I-a O B-b"]], ["B-a O O B-b"], ["span_f1"])["span_f1"] == pytest.approx(0.5)
+    assert score([["O O"]], ["O O"], ["span_f1"])["span_f1"] == 0.0
+
+
+def test_what_is_wrong_is_said() -> None:
+    base = tiny_base("bert")
+    task = LabelTask.of("classification", ANIMALS)
+    wrong = [antefix.Example(source="a", targets=("tame",), where="x.csv, line 3")]
+    with pytest.raises(DataError, match="x.csv, line 3: the label 'tame' is not in the training data \\(pet, wild\\)"):
+        task.encode(wrong, TextFormat(), base.tokenizer, Limits(context=None), for_encoder=True)
+    with pytest.raises(DataError, match="needs at least two different labels"):
+        trained(base, "classification", ANIMALS[:3])
+    with pytest.raises(DataError, match="tagging needs words with tags"):
+        trained(base, "tagging", ANIMALS)
+    with pytest.raises(TrainingError, match="needs an encoder or a decoder"):
+        trained(tiny_base("bart"), "classification", ANIMALS)
+    with pytest.raises(GenerationError, match="attach a prefix that was trained to classify"):
+        label(base, ANIMALS)
+
+
+def test_a_broken_head_is_refused(tmp_path: Path) -> None:
+    base = tiny_base("bert")
+    prefix = trained(base, "classification", ANIMALS)
+    folder = prefix.save(tmp_path / "kept")
+    card = json.loads((folder / "card.json").read_text())
+    card["task"]["name"] = "guessing"
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(PrefixFileError, match="task.name"):
+        Prefix.load(folder)
+    del prefix.tensors["head.bias"]
+    with pytest.raises(antefix.AntefixError, match="has no head for its 2 labels"):
+        prefix.module(base.model)
+
+
+def test_from_a_file_to_scored_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny_base("bert")
+    base.model.save_pretrained("tiny")
+    base.tokenizer.save_pretrained("tiny")
+    rows = "".join(f"{e.source},{e.targets[0]}\n" for e in ANIMALS)
+    Path("animals.csv").write_text(f"words,kind\n{rows}", encoding="utf-8")
+    Path("animals.toml").write_text(
+        'name = "animals"\nbase = "tiny"\ndtype = "float32"\ntask = "classification"\nmethod = "p_tuning_v2"\n'
+        '[config]\nnum_virtual_tokens = 4\n[data]\ntrain = "animals.csv"\n'
+        'reader = {source_column = "words", target_column = "kind"}\n'
+        '[training]\nmax_steps = 4\ndev_metric = "accuracy"\nevaluations = 2\n',
+        encoding="utf-8",
+    )
+    runner = CliRunner()
+    assert runner.invoke(app, ["train", "animals.toml"], catch_exceptions=False).exit_code == 0
+    one = runner.invoke(app, ["generate", "a cat", "--prefix", "bank/animals"], catch_exceptions=False)
+    assert one.stdout.strip() in ("pet", "wild")
+    command = ["generate", "--prefix", "bank/animals", "--input", "animals.csv", "--output", "labels.jsonl"]
+    assert runner.invoke(app, command, catch_exceptions=False).exit_code == 0
+    assert len(Path("labels.jsonl").read_text(encoding="utf-8").splitlines()) == len(ANIMALS)
