@@ -45,7 +45,8 @@ def test_linear_layers_are_quantised_and_the_head_is_not(int8: Base, folder: str
 
 
 def test_it_is_close_to_what_it_was_made_from(int8: Base, folder: str) -> None:
-    whole = load_base(folder, dtype="bfloat16")
+    whole = load_base(folder, dtype="native")
+    assert int8.model.dtype == whole.model.dtype
     batch = tiny_batch("llama")
     with torch.no_grad():
         ours, theirs = (base.model(**batch).logits.float() for base in (int8, whole))
@@ -69,7 +70,7 @@ def test_a_prefix_is_trained_over_it_and_fits_the_base_it_was_made_from(int8: Ba
 
 
 def test_every_slot_gets_the_gradient_of_the_base_it_was_made_from(int8: Base, folder: str) -> None:
-    whole = load_base(folder, dtype="bfloat16")
+    whole = load_base(folder, dtype="native")
     found = []
     for base in (int8, whole):
         module = tiny_method(base)

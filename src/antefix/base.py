@@ -33,9 +33,9 @@ from antefix.products import by_onednn, onednn_pays
 from antefix.quantised import is_quantised, quantise
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8", "native", "auto"]
-"""Precision of the frozen weights. `int8`: those of linear layers, the output head excepted, a scale for every row;
-everything else, and all that is computed, bfloat16. `native`: bfloat16 where this processor or GPU multiplies it
-natively, else float32. `auto`: as the file has it."""
+"""Precision of the frozen weights. `native`: bfloat16 where this processor or GPU multiplies it natively, else float32.
+`int8`: those of linear layers, the output head excepted, a scale for every row; everything else, and all that is
+computed, `native`. `auto`: as the file has it."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,8 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
 
 
 def _computed_in(dtype: Dtype, device: str) -> Any:
-    if dtype == "native":
+    if dtype in ("native", "int8"):
         dtype = native_precision(device)
-    if dtype == "int8":
-        return torch.bfloat16
     return dtype if dtype == "auto" else getattr(torch, dtype)
 
 

@@ -35,7 +35,7 @@ def quantise(model: PreTrainedModel) -> None:
     by_torch(model)
     chosen = {m for m in model.modules() if type(m) is nn.Linear and m is not head}
     if not chosen:
-        raise BaseModelError(f"dtype 'int8': {type(model).__name__} has no linear layers to quantise; use bfloat16")
+        raise BaseModelError(f"dtype 'int8': {type(model).__name__} has no linear layers to quantise; use native")
     keep_fingerprint(model)
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: module in chosen)
     model.requires_grad_(False)

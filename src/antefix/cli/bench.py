@@ -15,7 +15,10 @@ bench_app = typer.Typer(no_args_is_help=True, help="Speed and memory, side by si
 
 Base = Annotated[str, typer.Option(help="The base: `smollm2-135m`, a hub id or a folder.")]
 Data = Annotated[str | None, typer.Option(help="A data file with sources and targets; without: the demo's own tables.")]
-Precision = Annotated[str, typer.Option(metavar="A,B", help="Of float32 and bfloat16.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Of float32 and bfloat16; without: float32, and bfloat16 where it is native."),
+]
 Quick = Annotated[bool, typer.Option("--quick", help="The headline ratios, in minutes.")]
 Out = Annotated[Path | None, typer.Option(help="Also write a record, a page and a plot into this folder.")]
 
@@ -24,7 +27,7 @@ Out = Annotated[Path | None, typer.Option(help="Also write a record, a page and 
 def train(
     base: Base = "smollm2-135m",
     data: Data = None,
-    precision: Precision = "float32,bfloat16",
+    precision: Precision = None,
     pairs_per_step: Annotated[int, typer.Option(min=1, help="Pairs an optimiser step, in every arm.")] = 32,
     sample: Annotated[int | None, typer.Option(min=1, help="Pairs drawn one by one; without: the whole file.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
@@ -53,9 +56,7 @@ def train(
 def generate(
     base: Base = "smollm2-135m",
     data: Data = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Of float32 and bfloat16; without: both, with --quick float32.")
-    ] = None,
+    precision: Precision = None,
     batch: Annotated[int, typer.Option(min=1, help="Sources decoded together.")] = 16,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
     quick: Quick = False,
@@ -64,8 +65,8 @@ def generate(
 ) -> None:
     """New tokens a second: the bare base, ours and PEFT with few and many slots, a batch of unlike prefixes.
 
-    Greedy, every row the same number of new tokens. Before anything is timed, ours and PEFT must have the same logits
-    with the same slots.
+    With --quick in float32 alone. Greedy, every row the same number of new tokens. Before anything is timed, ours and
+    PEFT must have the same logits with the same slots.
 
     Example: `antefix bench generate --data e2e-dataset.zip::devset.csv --quick`
     """
@@ -73,7 +74,7 @@ def generate(
 
     settings = DecodingBench(
         base=base, data=_data(data), batch=batch, rounds=rounds or (3 if quick else 9), quick=quick,
-        precisions=_precisions(precision or ("float32" if quick else "float32,bfloat16")),
+        precisions=_precisions("float32" if quick and precision is None else precision),
         new_tokens=16 if quick else 32,
     )  # fmt: skip
     _run(partial(bench_decoding, settings, kept=_kept(settings, out)), out, as_json)
@@ -153,9 +154,12 @@ def _data(data: str | None) -> str:
     return str(TABLES) if data is None else data
 
 
-def _precisions(given: str) -> Any:
+def _precisions(given: str | None) -> Any:
+    from antefix.base import native_precision
     from antefix.errors import BenchmarkError
 
+    if given is None:  # bfloat16 that a processor does not multiply itself is many times slower, for every arm
+        return tuple(dict.fromkeys(("float32", native_precision("cpu"))))
     names = tuple(name.strip() for name in given.split(","))
     if not set(names) <= {"float32", "bfloat16"}:
         raise BenchmarkError(f"--precision {given}: of float32 and bfloat16, separated by a comma")
