@@ -185,6 +185,7 @@ def is_output(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 _SLOTS: dict[str, Any] = {"num_virtual_tokens": 5, "initial": "normal", "initial_scale": 1.0}
 METHOD_CONFIGS: dict[str, dict[str, Any]] = {
     "apt": _SLOTS,
+    "cartridge": {"num_virtual_tokens": 5, "document": str(Path(__file__))},
     "hierarchical_blocking": {**_SLOTS, "target_tokens": 3},
     "inducer": {"initial_scale": 0.5},
     "infix": _SLOTS,
@@ -209,6 +210,7 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no hidden state": {"hidden_state": False},
         "no token gate": {"token_gate": False},
     },
+    "cartridge": {"short": {"num_virtual_tokens": 2}, "all trained": {"freeze_first": False}},
     "hierarchical_blocking": {"short": {"num_virtual_tokens": 3}, "uniform": {"blocks": 3, "blocked_layers": 1.0}},
     "inducer": {
         "narrow": {"value_width": 2},
@@ -239,6 +241,7 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 NOT_ON = {
+    "cartridge": (*ENCODER_ONLY, *ENCODER_DECODER),  # their tokens cannot stand behind slots
     "infix": ENCODER_ONLY,
     "pip_direct": (*DECODER_ONLY, *ENCODER_ONLY, "t5"),  # a state of this T5 does not split into its heads
     "pip_indirect": (*DECODER_ONLY, *ENCODER_ONLY, "t5"),

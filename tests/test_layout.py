@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
     {"benchmarks", "demo"},
     {"doctor", "interop", "training", "bank", "generated_file"},
-    {"generation", "labels"},
+    {"generation", "labels", "self_study"},
     {"attach", "condition"},
     {"attachment"},
     {"site_stack"},

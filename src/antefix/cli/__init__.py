@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 from antefix.cli.bank import bank_app
 from antefix.cli.base import base_app
 from antefix.cli.bench import bench_app
+from antefix.cli.cartridge import cartridge
 from antefix.cli.demo import demo
 from antefix.cli.doctor import doctor
 from antefix.cli.eval import evaluate
@@ -60,6 +61,7 @@ def _options(
 app.command("demo")(demo)
 app.command("init")(init)
 app.command("methods")(methods)
+app.command("cartridge")(cartridge)
 app.command("doctor")(doctor)
 app.command("train")(train)
 app.command("search")(search)

@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+SoftLabel = tuple[tuple[int, float], ...]
+"""The likeliest tokens at a place and their probabilities."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
     """Token ids of a source and of each of its targets (end token included)."""
 
     source: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
+    soft: tuple[tuple[SoftLabel, ...], ...] = ()
+    """What a teacher gave every token of every target, to be learned in its place; empty: the tokens themselves."""
     places: tuple[int, ...] = ()
     """Where labels are read off, for tasks that label: places in the source. A target then is a label's number each."""
     condition: tuple[int, ...] = ()
@@ -91,7 +97,7 @@ def encode(
         longest = max((len(t) for t in targets), default=0)
         _check_fits(example, len(source), longest, limits.context, for_encoder)
         condition = () if limits.condition is None else encode_condition(example, tokenizer, limits.condition)
-        encoded.append(EncodedExample(tuple(source), tuple(targets), condition))
+        encoded.append(EncodedExample(tuple(source), tuple(targets), condition=condition))
     return Encoded(tuple(encoded), cut_sources, cut_targets, for_encoder)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, str] = {
     "apt": "antefix.methods.apt:Apt",
+    "cartridge": "antefix.methods.cartridge:Cartridge",
     "hierarchical_blocking": "antefix.methods.hierarchical_blocking:HierarchicalBlocking",
     "inducer": "antefix.methods.inducer:Inducer",
     "infix": "antefix.methods.infix:Infix",

@@ -50,6 +50,8 @@ class Batch:
     """(B,) columns of source, where rows are padded; packed rows say it in their forest."""
     encoder: dict[str, Tensor] | None = None
     source_of_row: Tensor | None = None
+    weight: Tensor | None = None
+    """(N,) what every label's loss is multiplied by; None: 1."""
     condition: Condition | None = None
     """The second texts of the sources."""
 
@@ -109,13 +111,13 @@ def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTra
 class _Row:
     """One row, a tree of tokens: what stands before each (its parent), and the labels of each pair.
 
-    parents: places in the row, -1 for the first token. labels: (place that predicts, label) for every pair.
+    parents: places in the row, -1 for the first token. labels: (place that predicts, label, its weight) for every pair.
     """
 
     ids: list[int]
     positions: list[int]
     parents: list[int]
-    labels: list[list[tuple[int, int]]]
+    labels: list[list[tuple[int, int, float]]]
     num_source: int
 
     @classmethod
@@ -126,33 +128,38 @@ class _Row:
         row = cls(ids, positions, list(range(-1, len(ids) - 1)), [], len(ids))
         last_of_source = len(ids) - 1
         places: dict[tuple[int, int], int] = {}  # (parent, token) -> its place
-        for target in (example.targets[index] for index in unit.targets):
+        for index in unit.targets:
+            target = example.targets[index]
+            soft = example.soft[index] if example.soft else [((token, 1.0),) for token in target]
             place, labels = last_of_source, []
-            for token in target[:-1]:
-                labels.append((place, token))
+            for number, (token, candidates) in enumerate(zip(target, soft, strict=True), start=1):
+                labels += [(place, label, weight) for label, weight in candidates]
+                if number == len(target):
+                    break  # the last token predicts nothing
                 if (place, token) not in places:
                     places[place, token] = len(ids)
                     ids.append(token)
                     row.positions.append(row.positions[place] + 1)
                     row.parents.append(place)
                 place = places[place, token]
-            row.labels.append([*labels, (place, target[-1])])
+            row.labels.append(labels)
         return row
 
 
 def _with_labels(inputs: dict[str, Any], rows: Sequence[_Row], starts: Sequence[int]) -> Batch:
     """starts: where each row begins among all places of the batch."""
     pairs = [(start, labels) for start, row in zip(starts, rows, strict=False) for labels in row.labels]
-    flat = [(start + place, label, n) for n, (start, labels) in enumerate(pairs) for place, label in labels]
-    where = torch.tensor([position for position, _, _ in flat])
+    flat = [(start + place, label, weight, n) for n, (start, some) in enumerate(pairs) for place, label, weight in some]
+    where = torch.tensor([position for position, *_ in flat])
     # A token with several continuations is scored against each: its logits are computed once.
     positions, row = torch.unique(where, return_inverse=True)
     return Batch(
         inputs=inputs,
         positions=positions,
         row=row,
-        label=torch.tensor([label for _, label, _ in flat]),
-        pair=torch.tensor([pair for _, _, pair in flat]),
+        label=torch.tensor([label for _, label, _, _ in flat]),
+        weight=torch.tensor([weight for _, _, weight, _ in flat]) if any(w != 1 for _, _, w, _ in flat) else None,
+        pair=torch.tensor([pair for *_, pair in flat]),
         num_pairs=sum(len(row.labels) for row in rows),
         num_tokens=inputs["input_ids"].numel(),
     )

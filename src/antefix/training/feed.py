@@ -142,5 +142,5 @@ def _to(batch: Batch, device: torch.device) -> Batch:
             return value.to(device)
         return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    fields = ("inputs", "positions", "row", "label", "pair", "encoder", "source_of_row", "source_lengths")
+    fields = ("inputs", "positions", "row", "label", "pair", "encoder", "source_of_row", "source_lengths", "weight")
     return replace(batch, **{name: move(getattr(batch, name)) for name in fields})

@@ -24,6 +24,8 @@ def pair_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0
     label_smoothing e: (1 - e) times the label's share plus e times the mean over the vocabulary.
     """
     losses_N = label_losses(model, batch, label_smoothing)
+    if batch.weight is not None:
+        losses_N = losses_N * batch.weight
     return torch.zeros(batch.num_pairs, device=losses_N.device).index_add(0, batch.pair, losses_N)
 
 

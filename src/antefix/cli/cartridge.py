@@ -1,0 +1,83 @@
+"""`antefix cartridge`: a document becomes a prefix that answers as if it were in context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from antefix.cli.output import Json, console, print_json
+from antefix.errors import TrainingError
+
+
+def cartridge(
+    document: Annotated[Path, typer.Argument(help="A text file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the kept prefix.")],
+    base: Annotated[str, typer.Option(help="A chat model: `smollm2-135m`, a hub id or a folder.")] = "smollm2-135m",
+    slots: Annotated[int, typer.Option(min=1, help="Slots a site: no more than the document has tokens.")] = 256,
+    conversations: Annotated[int, typer.Option(min=2, help="Questions and answers of self-study.")] = 128,
+    epochs: Annotated[float, typer.Option(min=0.01, help="How often each conversation is seen.")] = 2.0,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Without: the method's default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of questions and order.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Precision of the base: float32, bfloat16, int8, native.")] = "native",
+    run: Annotated[Path | None, typer.Option(help="The run's folder; without: runs/NAME.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a cartridge: the base studies the document by asking itself, and the slots learn what it answers.
+
+    Interrupted, the same command goes on: with the next conversation, or from the last checkpoint.
+
+    Example: `antefix cartridge handbook.txt --output bank/handbook --slots 256`
+    """
+    from antefix.base import Dtype, load_base
+    from antefix.cli.progress import LiveLine, TrainingProgress, clock
+    from antefix.cli.train import stop_after_step
+    from antefix.methods.cartridge import CartridgeConfig
+    from antefix.pace import Pace
+    from antefix.self_study import Study
+    from antefix.training.cartridge import CartridgeRun, train_cartridge
+    from antefix.training.checkpoint import CHECKPOINT_FILE
+    from antefix.training.recipe import TrainingRecipe
+
+    if output.exists():
+        raise TrainingError(f"{output} exists: choose another folder")
+    folder = run or Path("runs") / output.name
+    training = TrainingRecipe(epochs=epochs, seed=seed, learning_rate=learning_rate, pairs_per_step=8, evaluations=4)
+    settings = CartridgeRun(
+        document=str(document), config=CartridgeConfig(num_virtual_tokens=slots, document=str(document)),
+        conversations=conversations, study=Study(seed=seed), training=training,
+    )  # fmt: skip
+    out = console()
+    loaded = load_base(base, dtype=cast("Dtype", dtype))
+    pace = Pace(conversations)
+    with (
+        stop_after_step() as stop_requested,
+        LiveLine(out, conversations, "conversation") as line,
+        TrainingProgress(out, 1) as progress,
+    ):
+
+        def studied(done: int) -> None:
+            while pace.done < done:
+                pace.one_done()
+            line.show(done, f"self-study  {clock(pace.seconds_left)} left")
+
+        prefix = train_cartridge(
+            loaded, settings, folder, studied=studied, watch=progress, stop_requested=stop_requested
+        )
+    prefix.save(output)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    facts = prefix.card.training
+    if as_json:
+        result = {
+            "prefix": str(output),
+            "run": str(folder),
+            "bytes": prefix.num_bytes,
+            "dev": prefix.card.scores["dev"],
+        }
+        print_json(result | {name: facts[name] for name in ("conversations", "steps", "kept_step", "seconds")})
+    else:
+        typer.echo(
+            f"kept {output} ({prefix.num_bytes / 1024:,.0f} KiB, {facts['conversations']} conversations, step "
+            f"{facts['kept_step']} of {facts['steps']}); conversations are in {folder}"
+        )

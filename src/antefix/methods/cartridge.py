@@ -1,0 +1,77 @@
+"""Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266): a document as trained slots.
+
+Slots start as the keys and values of the document's first P tokens, exactly, at positions 0..P-1; tokens stand behind
+them (`shifted`). The first slot stays as it is: an attention sink that training cannot move. Untrained and with P the
+whole document, logits are those of the document in context. Training distils the frozen base that has the document in
+context into the slots (`antefix cartridge`): the loss is the cross-entropy with its k likeliest tokens, not normalised
+again (equation 3 and the released code).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field
+
+from antefix.base import Base
+from antefix.errors import PrefixError
+from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
+from antefix.parts.initial import Positions
+
+
+class CartridgeConfig(PrefixTuningConfig):
+    """The choices of a cartridge: those of prefix-tuning, but for where slots start and stand."""
+
+    num_virtual_tokens: int | None = Field(256, ge=1, le=1_000_000)
+    """Slots a site (P); None, which only Python can say: as many as the document has tokens."""
+    document: str | None = None
+    """The text file whose first P tokens the slots start from."""
+    initial: Literal["text", "prefix"] = "text"
+    """First values: of the document, or of a kept prefix."""
+    freeze_first: bool = True
+    """Keep the first slot as it starts: an attention sink that training cannot move."""
+    positions: Positions = "shifted"
+    """`shifted`: tokens stand behind the slots, as they would behind the document."""
+
+
+class Cartridge(PrefixTuning):
+    """One cartridge."""
+
+    Config = CartridgeConfig
+    summary = "a document as slots, trained to answer as if it were in context (Cartridges, 2025)"
+    paper = "arXiv 2506.06266"
+
+    @classmethod
+    def default_learning_rate(cls, config: PrefixTuningConfig) -> float:
+        """2e-2 for direct slots, as released; here relative to their size."""
+        return 2e-2 if config.parametrisation == "direct" else super().default_learning_rate(config)
+
+    @classmethod
+    def build(cls, base: Base, config: Any) -> Self:
+        """A fresh cartridge. Raises PrefixError for a document that is not there or shorter than the slots."""
+        if config.initial == "prefix":
+            return super().build(base, config)
+        if config.document is None:
+            raise PrefixError("a cartridge needs its document: set config.document to a text file")
+        text = read_document(config.document)
+        num_tokens = len(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if config.num_virtual_tokens is not None and config.num_virtual_tokens > num_tokens:
+            raise PrefixError(
+                f"{config.document} has {num_tokens} tokens, num_virtual_tokens is {config.num_virtual_tokens}: take "
+                "fewer slots than tokens"
+            )
+        module = super().build(base, config.model_copy(update={"initial_text": text}))
+        module.config = config  # without the document's text, which a card is no place for
+        return module
+
+
+def read_document(path: str) -> str:
+    """A document's text. Raises PrefixError for a file that is missing, empty or no UTF-8."""
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrefixError(f"{path}: not a readable text file ({error})") from error
+    if not text:
+        raise PrefixError(f"{path}: the document is empty")
+    return text
