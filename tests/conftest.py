@@ -239,6 +239,10 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """For every method the changes to METHOD_CONFIGS under which it is swept; the first makes a prefix of another size."""
 
+for _name in METHODS:  # one that is listed in neither is swept as it is
+    METHOD_CONFIGS.setdefault(_name, {})
+    METHOD_VARIANTS.setdefault(_name, {"as it is": {}})
+
 
 NOT_ON = {
     "cartridge": (*ENCODER_ONLY, *ENCODER_DECODER),  # their tokens cannot stand behind slots

@@ -56,6 +56,8 @@ def test_every_method_is_swept() -> None:
 
 
 def test_what_is_mixed_in_a_batch_is_of_unlike_sizes(method: str) -> None:
+    if METHOD_VARIANTS[method].keys() == {"as it is"}:
+        pytest.skip(f"{method} has one size")
     one, other = ([t.shape for t in m.kept_tensors().values()] for m in tiny_pair(tiny_base("llama"), method))
     assert one != other
 

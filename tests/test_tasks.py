@@ -172,11 +172,10 @@ def test_from_a_file_to_scored_labels(tmp_path: Path, monkeypatch: pytest.Monkey
     base.model.save_pretrained("tiny")
     base.tokenizer.save_pretrained("tiny")
     rows = "".join(f"{e.source},{e.targets[0]}\n" for e in ANIMALS)
-    Path("animals.csv").write_text(f"words,kind\n{rows}", encoding="utf-8")
+    Path("animals.csv").write_text(f"text,label\n{rows}", encoding="utf-8")
     Path("animals.toml").write_text(
         'name = "animals"\nbase = "tiny"\ndtype = "float32"\ntask = "classification"\nmethod = "p_tuning_v2"\n'
         '[config]\nnum_virtual_tokens = 4\n[data]\ntrain = "animals.csv"\n'
-        'reader = {source_column = "words", target_column = "kind"}\n'
         '[training]\nmax_steps = 4\ndev_metric = "accuracy"\nevaluations = 2\n',
         encoding="utf-8",
     )
