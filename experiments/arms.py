@@ -50,17 +50,24 @@ class Arm(Protocol):
 
 
 class Ours:
-    """A prefix of Antefix."""
+    """A prefix of Antefix, of ten slots unless the config says otherwise."""
 
-    def __init__(self, base: Base, **config: Any) -> None:
-        method = method_class("prefix_tuning")
-        self._base, self._config = base, config
-        self._module = method.build(base, method.Config.model_validate({"num_virtual_tokens": NUM_SLOTS, **config}))
+    def __init__(self, base: Base, method: str = "prefix_tuning", **config: Any) -> None:
+        found = method_class(method)
+        if "num_virtual_tokens" in found.Config.model_fields:
+            config = {"num_virtual_tokens": NUM_SLOTS, **config}
+        self._base, self._method, self._config = base, method, config
+        self._module = found.build(base, found.Config.model_validate(config))
         self.parameters = [p for p in self._module.parameters() if p.requires_grad]
+
+    @property
+    def stored_values(self) -> int:
+        """How many values a kept one holds."""
+        return sum(t.numel() for t in self._module.kept_tensors().values())
 
     def over(self, base: Base) -> Ours:
         """The same prefix over another copy of its base."""
-        other = Ours(base, **self._config)
+        other = Ours(base, self._method, **self._config)
         other._module.load_state_dict(self._module.state_dict())
         return other
 
