@@ -7,10 +7,11 @@ a kept prefix of ten slots holds (115,200 values): the largest that does not exc
 that is said and taken. Three methods are run at their paper's own size too. Units, in this order:
 
 - search: three learning rates a method, a third, once and three times its default, 200 pairs each.
-- final: 1,000 pairs (the same in every step of every method) at the best rate; dev loss on the way, BLEU of greedy texts
-  for 100 test inputs, pairs a second and peak memory of a step. One seed, three for the cheapest three.
+- final: 1,000 pairs (the same in every step of every method) at the best rate; dev loss on the way, BLEU of greedy
+  texts for 100 test inputs, pairs a second and peak memory of a step. One seed, three for the cheapest three.
 
-Every finished unit is a file in `results/methods_side_by_side/units/`: figures, no texts. About three hours on two cores.
+Every finished unit is a file in `results/methods_side_by_side/units/`: figures, no texts. About three hours on two
+cores.
 """
 
 from __future__ import annotations
