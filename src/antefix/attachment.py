@@ -358,7 +358,7 @@ class Attachment:
         A rotary base alone may count padding, since nothing there has a place of its own; slots have.
         """
         as_they_are = kwargs.get("position_ids") is not None or not padded_on_the_left(kwargs)
-        if not any(self._shifts) and (as_they_are or self._shared_index == BARE):
+        if is_bare() or (not any(self._shifts) and (as_they_are or self._shared_index == BARE)):
             return args, kwargs
         ids = tokens_of(args, kwargs)
         num_rows, length = ids.shape[:2]
