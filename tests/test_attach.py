@@ -10,6 +10,7 @@ import torch
 from conftest import (
     ARCHITECTURES,
     DECODER_ONLY,
+    ENCODER_DECODER,
     NOT_ON,
     SOURCE_COLUMNS,
     is_output,
@@ -65,6 +66,14 @@ def seen_from(base: Base, module: MethodModule, num_rows: int) -> list[int] | No
     return [SOURCE_COLUMNS - 1] * num_rows if of_targets else None
 
 
+def shifted(batch: dict[str, Tensor], modules: Sequence[MethodModule], rows: Sequence[int]) -> dict[str, Tensor]:
+    """The batch with its tokens behind the slots of prefixes that stand before them."""
+    places = [modules[r].num_virtual_tokens if r >= 0 and modules[r].positions == "shifted" else 0 for r in rows]
+    if not any(places):
+        return batch
+    return {**batch, "position_ids": batch["position_ids"] + torch.tensor(places)[:, None]}
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("rows", [[0, 0, 0, 0], [1, -1, 0, 0]], ids=["shared", "mixed"])
 def test_attached_is_the_reference_at_every_site(base: Base, method: str, rows: list[int], padding: str) -> None:
@@ -78,9 +87,10 @@ def test_attached_is_the_reference_at_every_site(base: Base, method: str, rows: 
         tell_sources(base)
         results.append(base.model(**batch).logits[real])
     with reference.at_work(base.model, row_slots(base, modules, rows), seen_from(base, modules[0], len(rows))):
-        results.append(base.model(**batch).logits[real])
+        results.append(base.model(**shifted(batch, modules, rows)).logits[real])
     torch.testing.assert_close(*results, **NEAR)
-    parameters = [p for n, m in enumerate(modules) if n in rows for p in m.parameters()]
+    used = [m for n, m in enumerate(modules) if n in rows]
+    parameters = [p for m in used for name, p in m.named_parameters() if not name.startswith("speaker")]
     weights = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(0))
     found, wanted = (torch.autograd.grad((r * weights).sum(), parameters) for r in results)
     for one, other in zip(found, wanted, strict=True):
@@ -94,7 +104,8 @@ def test_without_a_prefix_every_bit_is_the_bases(base: Base, method: str, implem
     if (name_of(base), implementation) == ("gemma2", "sdpa"):
         pytest.skip("its soft cap is beyond SDPA, with or without a prefix")
     model.set_attn_implementation(implementation)
-    batch, (first, second) = tiny_batch(name_of(base), "left"), tiny_pair(base, method)
+    padding = "right" if name_of(base) in ENCODER_DECODER else "left"
+    batch, (first, second) = tiny_batch(name_of(base), padding), tiny_pair(base, method)
     bare = logits(base, batch)
     state = list(model.state_dict())
     attachment = attach(model, first, second, rows=[-1, -1, -1, -1])
@@ -114,7 +125,14 @@ def test_without_a_prefix_every_bit_is_the_bases(base: Base, method: str, implem
 def test_a_batch_equals_its_rows_alone_in_any_order(base: Base, method: str, padding: str) -> None:
     """Mixed with the prefixes of every other method, the last of them in the last row."""
     name = name_of(base)
-    others = [tiny_method(base, m) for m in METHODS if m != method and name not in NOT_ON.get(m, ())]
+    beside_the_text = {"prompt_tuning", "prefix_propagation"} if (name, padding) == ("t5", "left") else set()
+    if method in beside_the_text:
+        pytest.skip("its rows stand right before the text, and padding must not come between")
+    others = [
+        tiny_method(base, m)
+        for m in METHODS
+        if m != method and m not in beside_the_text and name not in NOT_ON.get(m, ())
+    ]
     modules = [*tiny_pair(base, method), *others]
     rows = [1, -1, 0, len(modules) - 1]
     if (name, padding) == ("bart", "left"):
@@ -149,7 +167,8 @@ def test_a_bfloat16_base_carries_a_float32_prefix(name: str, method: str) -> Non
         rounded, exact = narrow.model(**batch).logits[real], logits(wide, batch)[real]
     assert rounded.dtype == torch.bfloat16
     rounded.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+    parameters = [p for name, p in module.named_parameters() if not name.startswith("speaker")]
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters)
     assert float((rounded.float() - exact).detach().abs().mean()) < 0.1 * float(exact.abs().mean())
 
 

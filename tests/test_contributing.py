@@ -103,7 +103,7 @@ def run(repository: Path, *words: str) -> str:
 
 def test_one_file_and_one_line_are_enough_for_the_property_tests(repository: Path) -> None:
     files = [f"tests/{name}.py" for name in ("test_every_method", "test_attach", "test_layout")]
-    said = run(repository, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "toy and (llama or bart)")
+    said = run(repository, "-m", "pytest", "-p", "no:cacheprovider", *files, "-k", "toy and (llama or bart)")
     assert " passed" in said
     assert int(said.rpartition(" passed")[0].rpartition("\n")[2].split()[-1]) > 15
 

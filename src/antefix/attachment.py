@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from antefix.attention.branch import Branch, Condition, Places
 from antefix.attention.hook import HookedModel, bare, is_bare
-from antefix.encoder_rows import RowsAtWork
+from antefix.encoder_rows import BARE, RowsAtWork
 from antefix.errors import BaseModelError, PrefixError
 from antefix.forward_call import (
     counted_positions,
@@ -23,7 +23,9 @@ from antefix.forward_call import (
     encoder_places,
     forest_in,
     forest_places,
+    num_cached,
     padded_on_the_left,
+    real_tokens,
     target_begins,
     targets_in,
     text_places,
@@ -35,7 +37,7 @@ from antefix.parts.label_head import LabelHead
 from antefix.parts.rows import EncoderRows
 from antefix.passes import Passes
 from antefix.prefix import Prefix
-from antefix.site_stack import BARE, Made, SiteStack
+from antefix.site_stack import Made, SiteStack
 from antefix.sites import Kind, find_sites
 from antefix.stacking import check_fits
 
@@ -80,6 +82,8 @@ class Attachment:
         self._is_target: Tensor | None = None
         self._condition: Condition | None = None
         self._given: tuple[Any, dict[str, Any]] = ((), {})
+        self._real: Tensor | None = None
+        self._past = 0  # of the cache at the pass's beginning: layers make it longer
         self._places: dict[Kind, Places] = {}
         self.passes = Passes()
         # Learned positions end; an index beyond them is an error without a name, on a GPU a crash.
@@ -159,6 +163,11 @@ class Attachment:
     def condition(self, condition: Condition | None) -> None:
         self._condition = condition
 
+    @property
+    def shared_index(self) -> int | None:
+        """The index that all rows have; None: they differ."""
+        return self._shared_index
+
     def condition_of(self, num_rows: int) -> Condition:
         """The second texts of a batch's rows. Raises PrefixError."""
         if self._condition is None:
@@ -206,11 +215,15 @@ class Attachment:
     def _found_places(self, kind: Kind, query: Tensor) -> Places:
         args, kwargs = self._given
         if kind == "encoder_self":
-            return encoder_places(args, kwargs)
+            places = encoder_places(args, kwargs)
+            return places if self._rows_at_work is None else self._rows_at_work.beside(places)
         if self._sites.is_encoder_decoder:
-            return decoder_places(kwargs, query.shape[0], query.shape[2], query.device)
+            return decoder_places(self._past, query.shape[0], query.shape[2], query.device)
         forest = forest_in(kwargs)
-        return text_places(args, kwargs, self._known_begins()) if forest is None else forest_places(forest, kwargs)
+        if forest is not None:
+            return forest_places(forest, kwargs)
+        assert self._real is not None
+        return text_places(self._real, self._past, self._known_begins())
 
     def slots_of(self, site: str) -> list[KeyValue | None]:
         """The slots every attached prefix has at a site."""
@@ -287,10 +300,10 @@ class Attachment:
     def _install(self) -> None:
         self._undo_routing = self._hooked.route()
         modules = dict(self._model.named_modules())
+        if self._rows_at_work is not None:
+            self._rows_at_work.install()  # before the sites, which keep what a layer is given with these rows in it
         for stack in self._at_site:
             stack.install(modules)
-        if self._rows_at_work is not None:
-            self._rows_at_work.install()
         if self._trainable:
             self._model.add_module(_SUBMODULE, nn.ModuleList(self._modules))
         if self._trainable or any(self._for_targets) or self._has_branches:
@@ -317,7 +330,7 @@ class Attachment:
         self._hooked.restore(self._undo_routing)
         self._outermost = None
         self._live = None
-        self._given = ((), {})
+        self._given, self._real = ((), {}), None
         self._places.clear()
 
     def _forget_gathered(self) -> None:
@@ -335,7 +348,9 @@ class Attachment:
         if self._tells_targets:
             begins = self._target_begins = target_begins(args, kwargs, self._source_lengths)
             self._is_target = None if begins is None else targets_in(args, kwargs, begins)
-        self._given = (args, kwargs)
+            if forest_in(kwargs) is None:
+                self._real = real_tokens(args, kwargs, num_cached(kwargs), self._real)
+        self._given, self._past = (args, kwargs), num_cached(kwargs)
         self._places.clear()
         tensors = [t for made in self._live or [] for t in made.tensors()]
         left = [*tensors, self._is_target, *(self._condition or ())]

@@ -11,6 +11,7 @@ Axes: B rows of the batch, P rows before a text, T tokens, C width of hidden sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,14 +20,21 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from antefix.attention.branch import Places
 from antefix.attention.hook import is_bare
 from antefix.errors import PrefixError
 from antefix.parts.rows import EncoderRows
 from antefix.sites import Site, Sites
 
+BARE = -1
+"""The row index of a row without a prefix."""
+
 
 class RowsOf(Protocol):
     """Who knows which rows a batch has."""
+
+    @property
+    def shared_index(self) -> int | None: ...
 
     def rows_of(self, num_rows: int) -> Tensor | int: ...
 
@@ -55,6 +63,12 @@ class RowsAtWork:
         else:
             self._handles.append(encoder.register_forward_hook(self._without_rows))
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no row of the batch at hand has such rows: then the base is left as it is."""
+        index = self._attachment.shared_index
+        return is_bare() or index == BARE or (index is not None and self._attachment.encoder_rows()[index] is None)
+
     def uninstall(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
@@ -66,6 +80,8 @@ class RowsAtWork:
 
         mask: as the base made it for the text alone: (B or 1, 1, T or 1, T), the same for all queries.
         """
+        if self.is_idle:
+            return mask
         num_rows, length = query.shape[0], query.shape[2]
         is_there = self._is_there(num_rows, query.device)
         if mask is None and bool(is_there.all()):
@@ -75,6 +91,10 @@ class RowsAtWork:
         else:
             text = mask[:, 0, 0].expand(num_rows, -1)
             text = text if text.dtype == torch.bool else text == 0
+            if self._is_encoder_decoder and not bool(text[:, 0].all()):
+                raise PrefixError(
+                    "rows before a text need padding on the right in an encoder: they stand beside the text"
+                )
             if not bool((mask == mask[:, :, :1]).all()):
                 raise PrefixError("rows before a text need an encoder whose tokens all see the same: use prefix_tuning")
         seen = torch.cat([is_there, text], dim=1)
@@ -108,7 +128,7 @@ class RowsAtWork:
         is_first = site is self._sites[0]
 
         def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            if is_bare():
+            if self.is_idle:
                 return args, kwargs
             states: Tensor = args[0] if args else kwargs["hidden_states"]
             every = self._attachment.encoder_rows()
@@ -124,14 +144,14 @@ class RowsAtWork:
         return change
 
     def _without_rows(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if is_bare():
+        if self.is_idle:
             return output
         output.last_hidden_state = output.last_hidden_state[:, self._longest() :]
         return output
 
     def _widen_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """What the decoder may see of an encoder's output: the rows too."""
-        if is_bare():
+        if self.is_idle:
             return args, kwargs
         mask = kwargs.get("attention_mask")
         if mask is None:
@@ -147,9 +167,23 @@ class RowsAtWork:
         ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs["inputs_embeds"] if ids is None else ids
         mask = kwargs.get("attention_mask")
-        if is_bare() or mask is None or mask.shape[1] == ids.shape[1]:
+        if self.is_idle or mask is None or mask.shape[1] == ids.shape[1]:
             return args, kwargs
         return args, {**kwargs, "attention_mask": mask[:, -ids.shape[1] :]}
+
+    def beside(self, places: Places) -> Places:
+        """Where queries stand, with the rows before the texts, which are no text's."""
+        if self.is_idle:
+            return places
+        count = self._longest()
+        return replace(
+            places,
+            is_source=pad(places.is_source, (count, 0)),
+            is_target=pad(places.is_target, (count, 0)),
+            index=pad(places.index, (count, 0)),
+            source_length=pad(places.source_length, (count, 0)),
+            text=torch.cat([places.text[:, :1].expand(-1, count), places.text], dim=1),
+        )
 
     def _longest(self) -> int:
         return max(_count(rows) for rows in self._attachment.encoder_rows())

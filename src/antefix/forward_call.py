@@ -42,20 +42,41 @@ def targets_in(args: Any, kwargs: dict[str, Any], begins_B1: Tensor) -> Tensor |
     return None if bool(is_target.all()) else is_target
 
 
-def text_places(args: Any, kwargs: dict[str, Any], begins_B1: Tensor) -> Places:
-    """Where the tokens of a decoder without an encoder stand."""
-    ids, past = tokens_of(args, kwargs), num_cached(kwargs)
+def real_tokens(args: Any, kwargs: dict[str, Any], past: int, before_BS: Tensor | None) -> Tensor:
+    """1 for the tokens of texts that are read so far, 0 for padding: (B, past + T).
+
+    past: how many of every row were read before. before_BS: what this was in the pass before; asked where the mask does
+    not say it, as masks that are prepared for static caches do not.
+    """
+    ids = tokens_of(args, kwargs)
     num_rows, length = ids.shape[:2]
-    mask = _mask_of(kwargs, num_rows, past + length, ids.device)
-    count, column = mask.cumsum(1), torch.arange(past + length, device=ids.device)
-    source_length = (mask * (column < begins_B1)).sum(1, keepdim=True)
-    real, index, is_target = (x[:, -length:] for x in (mask.bool(), count - 1, column >= begins_B1))
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Mapping):  # one for each kind of layer
+        mask = next(iter(mask.values()))
+    if not isinstance(mask, Tensor):
+        return torch.ones(num_rows, past + length, dtype=torch.long, device=ids.device)
+    if mask.ndim == 2:
+        return mask[:, : past + length].long()
+    if past > 0:  # what is fed one by one is no padding
+        ones = torch.ones(num_rows, past + length, dtype=torch.long, device=ids.device)
+        return ones if before_BS is None else torch.cat([before_BS[:, :past], ones[:, past:]], dim=1)
+    place = torch.arange(length, device=ids.device)
+    sees_itself = mask[:, 0, place, place].expand(num_rows, -1)  # padding is seen by nobody
+    return (sees_itself if mask.dtype == torch.bool else sees_itself == 0).long()
+
+
+def text_places(mask_BS: Tensor, past: int, begins_B1: Tensor) -> Places:
+    """Where the tokens of a decoder without an encoder stand. mask_BS: as `real_tokens` gives it."""
+    num_rows, length = mask_BS.shape[0], mask_BS.shape[1] - past
+    count, column = mask_BS.cumsum(1), torch.arange(past + length, device=mask_BS.device)
+    source_length = (mask_BS * (column < begins_B1)).sum(1, keepdim=True)
+    real, index, is_target = (x[:, -length:] for x in (mask_BS.bool(), count - 1, column >= begins_B1))
     return Places(
         is_source=real & ~is_target,
         is_target=real & is_target,
         index=torch.where(is_target, index - source_length, index).clamp(min=0),
         source_length=source_length.expand(num_rows, length),
-        text=_rows(num_rows, length, ids.device),
+        text=_rows(num_rows, length, mask_BS.device),
         num_texts=num_rows,
         begins=past == 0,
     )
@@ -94,9 +115,8 @@ def encoder_places(args: Any, kwargs: dict[str, Any]) -> Places:
     )
 
 
-def decoder_places(kwargs: dict[str, Any], num_rows: int, length: int, device: torch.device) -> Places:
-    """Where the tokens of an encoder-decoder's decoder stand: all of them are a target's."""
-    past = num_cached(kwargs)
+def decoder_places(past: int, num_rows: int, length: int, device: torch.device) -> Places:
+    """Where the tokens of an encoder-decoder's decoder stand: all of them are a target's. past: as in `text_places`."""
     nothing = torch.zeros(num_rows, length, dtype=torch.long, device=device)
     return Places(
         is_source=nothing.bool(),
@@ -113,7 +133,7 @@ def _mask_of(kwargs: dict[str, Any], num_rows: int, length: int, device: torch.d
     """1 for tokens, 0 for padding: (B, length)."""
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, :length].long()
+        return mask[:, -length:].long()  # rows before a text may have made it wider
     return torch.ones(num_rows, length, dtype=torch.long, device=device)
 
 

@@ -15,16 +15,13 @@ from antefix.attention.branch import Acting, Branch, Call, Condition, Places
 from antefix.attention.forest import Forest
 from antefix.attention.hook import is_bare, put_at_site
 from antefix.attention.partial import KeySet, Partial, Scores
-from antefix.encoder_rows import RowsAtWork
+from antefix.encoder_rows import BARE, RowsAtWork
 from antefix.errors import PrefixError
 from antefix.parts.key_value import KeyValue
 from antefix.parts.rows import EncoderRows
 from antefix.passes import Passes
 from antefix.sites import Kind, Site
 from antefix.stacking import stacked
-
-BARE = -1
-"""The row index of a row without a prefix."""
 
 
 class Made(NamedTuple):

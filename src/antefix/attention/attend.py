@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from antefix.attention.joined import joined
-from antefix.attention.partial import KeySet, Mask, Partial, Scores, concatenated, explicit, fused, fused_kernel_fits
+from antefix.attention.partial import (
+    KeySet,
+    Mask,
+    Partial,
+    Scores,
+    concatenated,
+    explicit,
+    explicit_union,
+    fused,
+    fused_kernel_fits,
+)
 
 
 def attend(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
@@ -22,13 +32,13 @@ def attend(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: 
         return fused(query_BHTD, [tokens, *slots], scores.scale)
     if scores.masked_only:
         return concatenated(query_BHTD, tokens, slots, scores)
-    return explicit(query_BHTD, tokens, slots, scores).out_BHTE
+    return explicit(query_BHTD, tokens, slots, scores)
 
 
 def attend_partial(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Partial:
     """The same with its normaliser, for what else takes part in the softmax."""
     seen = [_in_precision(s, query_BHTD.dtype) for s in slots if s.key_BGSD.shape[2] > 0]
-    return explicit(query_BHTD, tokens, seen, scores)
+    return explicit_union(query_BHTD, tokens, seen, scores)
 
 
 def _is_by_row(mask: Mask | None) -> bool:

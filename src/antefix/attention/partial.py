@@ -151,8 +151,13 @@ def _side_by_side(query_BHTD: Tensor, sets: Sequence[KeySet]) -> tuple[Tensor, l
 # --- the explicit form --------------------------------------------------------------------------------------
 
 
-def explicit(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Partial:
-    """Writes the scores out; gradients by ordinary automatic differentiation, through the normaliser too."""
+def explicit(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
+    """Writes the scores out; gradients by ordinary automatic differentiation."""
+    return explicit_union(query_BHTD, tokens, slots, scores).out_BHTE
+
+
+def explicit_union(query_BHTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Partial:
+    """The same with its normaliser, which has a gradient too."""
     result = explicit_partial(query_BHTD, tokens, scores, position_bias=scores.position_bias)
     if scores.sink_logits_H is not None:
         lse = scores.sink_logits_H.float()[None, :, None].expand_as(result.lse_BHT)

@@ -24,8 +24,8 @@ from antefix.attention.hook import recording
 from antefix.attention.partial import KeySet, Mask
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit
+from antefix.encoder_rows import BARE
 from antefix.errors import TrainingError
-from antefix.site_stack import BARE
 from antefix.sites import find_sites
 from antefix.training.batch import right_padded, window_of
 
