@@ -149,7 +149,8 @@ def test_the_command_speaks_json_and_takes_a_precision(tmp_path: Path) -> None:
     assert found["sites"]["positions"] == "relative"
     assert found["sites"]["attention"][2] == {
         "layer": 2, "kind": "self", "module": "model.layers.2.self_attn", "num_heads": 6, "num_key_value_heads": 2,
-        "key_width": 10, "value_width": 10,
+        "key_width": 10, "value_width": 10, "hidden_width": 48, "layer_module": "model.layers.2",
+        "output_projection": "model.layers.2.self_attn.o_proj",
     }  # fmt: skip
     assert [p["name"] for p in found["proofs"]] == NAMES
 

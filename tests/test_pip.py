@@ -116,7 +116,7 @@ def test_the_second_loss_by_hand(bart: Base) -> None:
     with torch.no_grad():
         speaker.projection.weight.zero_()
         speaker.projection.bias.copy_(condition.states_BPC[1, 0])
-    found = float(module.auxiliary_loss(condition))
+    found = float(module.auxiliary_loss(condition).detach())
     states = condition.states_BPC[condition.is_there_BP]
     cosines = torch.cosine_similarity(states, condition.states_BPC[1, :1], dim=1).abs()
     assert found == pytest.approx(3 * float((1 - cosines).mean()), rel=1e-4)

@@ -305,7 +305,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
         "a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', "a.jsonl, line 1: the conversation has an"),
     "no answer": (
         "a.jsonl", '{"instruction": "x", "output": "y"}\n{"instruction": "z"}', "a.jsonl, line 2: this row has no tar"),
-    "another kind of file": ("a.xlsx", "x", "a.xlsx: unknown kind of file; known are .csv, .tsv, .jsonl, .json (each"),
+    "another kind of file": ("a.xlsx", "x", "a.xlsx: unknown kind of file; known are .csv, .tsv, .jsonl, "),
     "no gzip": ("a.csv.gz", MENUS, "a.csv.gz: cannot be read (Not a gzipped file"),
     "half a gzip": ("a.csv.gz", gzip.compress(MENUS.encode())[:30], "a.csv.gz: cannot be read ("),
     "no zip": ("a.zip", MENUS, "a.zip: cannot be read (File is not a zip file)"),

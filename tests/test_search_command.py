@@ -356,7 +356,7 @@ def test_a_hopeless_trial_is_pruned_when_asked() -> None:
 
 def test_bleu_is_maximised(monkeypatch: pytest.MonkeyPatch) -> None:
     scores: Iterator[float] = iter([0.2, 0.1, 0.7, 0.3, 0.4, 0.5])
-    monkeypatch.setattr(run, "_bleu_of", lambda prepared: lambda: {"dev_bleu": next(scores)})
+    monkeypatch.setattr(run, "_score_of", lambda prepared: lambda: {"dev_bleu": next(scores)})
     results = found("training.dev_metric=bleu", "--trials", "3")
     assert results["metric"] == "dev_bleu"
     assert [(trial["number"], trial["score"]) for trial in results["trials"]] == [(2, 0.7), (3, 0.5), (1, 0.2)]

@@ -152,7 +152,7 @@ class _Attempt:
             self.metric = _metric(prepared)
             card = run(prepared, None, self._note, stop_requested=self.stop_requested).card
         except _PrunedError:
-            better = max if self.metric == "dev_bleu" else min
+            better = min if self.metric == "dev_loss" else max
             return {"state": "pruned", "score": better(self.scores)}
         except torch.OutOfMemoryError:
             return {"state": "failed", "why": "out of memory"}
@@ -220,7 +220,7 @@ def _plan(recipe: Recipe, prepared: Prepared) -> Plan:
     }  # fmt: skip
     return Plan(
         space=space,
-        maximise=training.dev_metric == "bleu",
+        maximise=training.dev_metric != "loss",
         seed=recipe.search.seed,
         prune=recipe.search.prune,
         facts={name: hashlib.sha256(repr(fact).encode()).hexdigest()[:16] for name, fact in facts.items()},

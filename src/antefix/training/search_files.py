@@ -27,7 +27,7 @@ class Found:
     """A finished search."""
 
     metric: str
-    """`dev_loss`, less is better, or `dev_bleu`, more is."""
+    """`dev_loss`, less is better, or a score (`dev_bleu`), more is."""
     space: Mapping[str, Range]
     seed: int
     trials: Sequence[Trial]
