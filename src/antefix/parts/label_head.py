@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.errors import PrefixError
+from antefix.parts.site_tensors import as_kept
 
 
 class LabelHead(nn.Module):
@@ -32,13 +33,13 @@ class LabelHead(nn.Module):
     def kept(self) -> dict[str, Tensor]:
         """As a file holds it: float32, on the processor."""
         tensors = (self.linear.weight, self.linear.bias)
-        return {n: t.detach().float().cpu().contiguous().clone() for n, t in zip(self.NAMES, tensors, strict=True)}
+        return {name: as_kept(tensor) for name, tensor in zip(self.NAMES, tensors, strict=True)}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], num_labels: int) -> Self:
         """A kept head. Raises PrefixError for tensors that are missing or do not fit the labels."""
         weight, bias = (tensors.get(name) for name in cls.NAMES)
-        if weight is None or bias is None or weight.ndim != 2 or weight.shape[0] != num_labels != 0:
+        if weight is None or bias is None or weight.ndim != 2 or weight.shape[0] != num_labels:
             raise PrefixError(f"the prefix has no head for its {num_labels} labels")
         if bias.shape != (num_labels,):
             raise PrefixError(f"tensor 'head.bias' has shape {tuple(bias.shape)}, there are {num_labels} labels")
