@@ -7,12 +7,15 @@ pairs sorted by length and padded.
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -232,3 +235,17 @@ def encoded(base: Base, examples: Sequence[antefix.Example]) -> Encoded:
     """Examples in their default text format."""
     text_format = default_format([e.source for e in examples])
     return encode(examples, text_format, base.tokenizer, Limits(context=base.context_length))
+
+
+def webnlg_examples(path: Path, seen: bool | None = None) -> list[antefix.Example]:
+    """Of one of WebNLG's files; seen: of the categories that are in the training set, or of the others."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [
+        antefix.Example(
+            source=antefix.Triples(tuple(tuple(part.strip() for part in t.split(" | ")) for t in row["triples"])),
+            targets=tuple(lex["text"] for lex in row["lexs"]),
+        )
+        for row in rows
+        if (seen is None or row["seen"] == seen) and row["lexs"]
+    ]

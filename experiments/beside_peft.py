@@ -19,8 +19,6 @@ what is there.
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import sys
 from functools import partial
@@ -32,7 +30,7 @@ from antefix.data import sample_pairs
 from antefix.methods import method_class
 from antefix.training.recipe import TrainingRecipe
 
-from arms import ARMS, Schedule, encoded, pairs_of, scored, trained  # isort: skip
+from arms import ARMS, Schedule, encoded, pairs_of, scored, trained, webnlg_examples  # isort: skip
 from beside_peft_report import write_report  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
@@ -161,27 +159,14 @@ def run_webnlg(folder: Path, arm_name: str, rate: float) -> dict[str, Any]:
     """Trained on seen categories; scored on both kinds."""
     base = antefix.load_base("smollm2-135m")
     arm = ARMS[arm_name](base)
-    train = encoded(base, sample_pairs(_webnlg(folder / "train.jsonl.gz"), 1000, seed=0))
-    dev = encoded(base, sample_pairs(_webnlg(folder / "dev.jsonl.gz"), 100, seed=0))
+    train = encoded(base, sample_pairs(webnlg_examples(folder / "train.jsonl.gz"), 1000, seed=0))
+    dev = encoded(base, sample_pairs(webnlg_examples(folder / "dev.jsonl.gz"), 100, seed=0))
     curve = _finite(trained(arm, train, dev, Schedule(learning_rate=rate, pairs_seen=1000, seed=0)))
-    test = {seen: _webnlg(folder / "test.jsonl.gz", seen=seen) for seen in (True, False)}
+    test = {seen: webnlg_examples(folder / "test.jsonl.gz", seen=seen) for seen in (True, False)}
     return {
         "arm": arm_name, "learning_rate": rate, "pairs_seen_and_dev_loss": curve,
         **{"seen" if seen else "unseen": scored(arm, rows[:: len(rows) // 100][:100]) for seen, rows in test.items()},
     }  # fmt: skip
-
-
-def _webnlg(path: Path, seen: bool | None = None) -> list[antefix.Example]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [
-        antefix.Example(
-            source=antefix.Triples(tuple(tuple(part.strip() for part in t.split(" | ")) for t in row["triples"])),
-            targets=tuple(lex["text"] for lex in row["lexs"]),
-        )
-        for row in rows
-        if (seen is None or row["seen"] == seen) and row["lexs"]
-    ]
 
 
 def _seconds(arm: str, pairs: int, evaluations: int, texts_written: int = 0) -> float:

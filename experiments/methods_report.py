@@ -10,7 +10,8 @@ from typing import Any
 
 def write_report(found: dict[str, dict[str, Any]], names: dict[str, str], budget: int, folder: Path) -> None:
     """`summary.json`, `report.md` and `methods.png`."""
-    summary = {name: _of_method(_units_of(found, key)) for key, name in names.items()}
+    costs = found["costs"]["methods"]
+    summary = {name: _of_method(_units_of(found, key)) | costs[name] for key, name in names.items()}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(_markdown(summary, budget), encoding="utf-8")
     _plot(summary, folder / "methods.png")
@@ -29,24 +30,24 @@ def _of_method(units: list[dict[str, Any]]) -> dict[str, Any]:
         "trained_values": first["trained_values"],
         "dev_loss": [round(u["pairs_seen_and_dev_loss"][-1][1], 4) for u in units],
         "bleu": [round(u["test"]["bleu"], 4) for u in units],
-        "pairs_per_second": round(statistics.median(u["pairs_per_second"] for u in units), 2),
-        "peak_mib": round(statistics.median(u["peak_mib"] for u in units)),
         "precision": first["precision"],
     }
 
 
 def _markdown(summary: dict[str, Any], budget: int) -> str:
-    head = ["method", "stored", "trained", "rate", "dev loss", "BLEU", "pairs/s", "peak, MiB"]
+    head = ["method", "stored", "trained", "rate", "dev loss", "BLEU", "pairs/s", "a step", "a token", "peak, MiB"]
     rows = [
         [name, f"{s['stored_values']:,}", f"{s['trained_values']:,}", f"{s['learning_rate']:.3g}",
-         _spread(s["dev_loss"]), _spread(s["bleu"]), f"{s['pairs_per_second']}", f"{s['peak_mib']}"]
+         _spread(s["dev_loss"]), _spread(s["bleu"]), f"{statistics.median(s['pairs_per_second']):.2f}",
+         _ratio(s["step_seconds_ratio"]), _ratio(s["token_seconds_ratio"]), f"{s['peak_mib']:.0f}"]
         for name, s in sorted(summary.items(), key=lambda item: statistics.mean(item[1]["dev_loss"]))
     ]  # fmt: skip
     table = [f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
     return "\n".join([
         "# Methods side by side", "",
         f"1,000 E2E pairs, a budget of {budget:,} stored values; dev loss in nats a token, BLEU of 100 test inputs "
-        "(range over seeds in brackets):", "", *table, "",
+        "(range over seeds in brackets). A step and a token: how many times the time that prefix-tuning takes, with "
+        "quartiles.", "", *table, "",
     ])  # fmt: skip
 
 
@@ -54,6 +55,10 @@ def _spread(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.4f}"
     return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+def _ratio(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
 
 
 def _plot(summary: dict[str, Any], path: Path) -> None:

@@ -8,7 +8,8 @@ that is said and taken. Three methods are run at their paper's own size too. Uni
 
 - search: three learning rates a method, a third, once and three times its default, 200 pairs each.
 - final: 1,000 pairs (the same in every step of every method) at the best rate; dev loss on the way, BLEU of greedy
-  texts for 100 test inputs, pairs a second and peak memory of a step. One seed, three for the cheapest three.
+  texts for 100 test inputs. One seed, three for the cheapest three.
+- costs: time and memory of all methods in turn (`method_costs`), on a machine that does nothing else.
 
 Every finished unit is a file in `results/methods_side_by_side/units/`: figures, no texts. About three hours on two
 cores.
@@ -18,17 +19,15 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import antefix
-from antefix.benchmarks.workload import peak_mib
-from antefix.data.plan import steps
 from antefix.methods import method_class
 
 from arms import Ours, Schedule, pairs_of, scored, trained  # isort: skip
+from method_costs import costs  # isort: skip
 from methods_report import write_report  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
@@ -77,7 +76,8 @@ def main() -> None:
         for rate in rates(method, config)
     }
     finals = {f"final_{key(n)}_seed_{seed}": Unit(dict, 330.0) for n in configs for seed in seeds_of(n)}
-    announce(RESULTS / "units", searches | finals)
+    timed = {"costs": Unit(partial(costs, e2e, configs), 900.0)}
+    announce(RESULTS / "units", searches | finals | timed)
     found = finish(RESULTS / "units", searches)
     best = {name: best_rate(found, name) for name in configs}
     finals = {
@@ -87,7 +87,8 @@ def main() -> None:
         for name, (method, config) in configs.items()
         for seed in seeds_of(name)
     }
-    write_report(finish(RESULTS / "units", finals), {key(name): name for name in configs}, BUDGET, RESULTS)
+    found = finish(RESULTS / "units", finals | timed)
+    write_report(found, {key(name): name for name in configs}, BUDGET, RESULTS)
 
 
 def solved(base: antefix.Base, method: str, sizes: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
@@ -130,21 +131,6 @@ def run(
     found["trained_values"] = sum(p.numel() for p in arm.parameters)
     if final:
         found["test"] = scored(arm, antefix.read(f"{e2e}::testset_w_refs.csv")[::6][:100])
-        plan = steps(train, pairs_per_step=32, targets_per_row=2, seed=0)
-        units = next(plan)
-
-        def one_step() -> None:
-            with arm.at_work() as attached_base:
-                for loss in arm.losses(attached_base, train, units):
-                    loss.backward()  # type: ignore[no-untyped-call]
-            for parameter in arm.parameters:
-                parameter.grad = None
-
-        one_step()
-        started = time.perf_counter()
-        one_step()
-        found["pairs_per_second"] = 32 / (time.perf_counter() - started)
-        found["peak_mib"] = peak_mib(one_step)
     return found
 
 

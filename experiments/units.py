@@ -1,6 +1,7 @@
 """Long experiments in small units: each finished unit is a JSON file, and the next start goes on from those.
 
 The estimate of the whole is printed first. Interrupt it when you like: a unit that was not finished is done again.
+Start the same command twice (`OMP_NUM_THREADS=1` for each) and both share the units.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from antefix import atomic
 from antefix.benchmarks.machine import description
 
 ROOT = Path(__file__).resolve().parents[1]
+_PATIENCE = 5.0
+"""Seconds between looks at what others are at work on."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +40,35 @@ def announce(folder: Path, units: Mapping[str, Unit]) -> None:
 
 
 def finish(folder: Path, units: Mapping[str, Unit]) -> dict[str, dict[str, Any]]:
-    """Do the units that have no file in `folder` yet; what all of them found, by name."""
+    """Do the units that have no file in `folder` yet; what all of them found, by name.
+
+    A unit that another process is at work on is left to it, and waited for at the end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = _missing(folder, units)
-    for number, name in enumerate(missing, start=1):
-        started = time.perf_counter()
-        found = units[name].work()
-        seconds = time.perf_counter() - started
-        record = {**found, "seconds": round(seconds, 1), "commit": commit(), "made_with": made_with()}
-        path = folder / f"{name}.json"
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-        print(f"{number}/{len(missing)} {name}: {seconds:.0f} s", flush=True)
+    while missing := _missing(folder, units):
+        if not sum(_done_here(folder, name, units[name]) for name in missing):
+            time.sleep(_PATIENCE)
     return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in units}
+
+
+def _done_here(folder: Path, name: str, unit: Unit) -> bool:
+    """Do a unit, unless it is done or another process is at it."""
+    path, lock = folder / f"{name}.json", FileLock(folder / f"{name}.lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    with held:
+        is_missing = not path.exists()
+        if is_missing:
+            started = time.perf_counter()
+            found = unit.work()
+            seconds = time.perf_counter() - started
+            record = {**found, "seconds": round(seconds, 1), "commit": commit(), "made_with": made_with()}
+            atomic.write_bytes(path, f"{json.dumps(record, indent=1)}\n".encode())
+            print(f"{name}: {seconds:.0f} s, {len(list(folder.glob('*.json')))} done", flush=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        return is_missing
 
 
 def _missing(folder: Path, units: Mapping[str, Unit]) -> list[str]:

@@ -1,0 +1,204 @@
+"""Paraphrases with a given syntax: PIP beside prefix-tuning and full fine-tuning, on a small BART.
+
+    python experiments/small_bart.py path/to/webnlg path/to/dart
+    python experiments/parse_instructed.py path/to/e2e-dataset.zip
+
+Two one-sentence references of one E2E table are a sentence and its paraphrase; what is given beside the sentence is the
+paraphrase's constituent tree without words (link-grammar's). 2,000 training pairs, the same in every step of every arm;
+the learning rate is the best of three by dev loss after a quarter of the steps; two seeds. Beams of 4 write the
+paraphrases of 200 test pairs: BLEU; template match (trees cut to two levels below the root are the same) and the mean
+tree edit distance, over outputs that the parser can parse; how many these are. The parser's ceiling is what the
+references themselves get. Writes `results/parse_instructed/`; an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import get_linear_schedule_with_warmup
+
+import antefix
+from antefix.attach import attached
+from antefix.base import Base
+from antefix.data.example import Example
+from antefix.data.plan import all_units, steps
+from antefix.metrics import score
+from antefix.training.batch import encoder_decoder_batch
+from antefix.training.loop import planned_steps
+from antefix.training.objectives import pair_losses
+from antefix.training.recipe import TrainingRecipe
+
+from arms import encoded  # isort: skip
+from constituents import edit_distance, parsed  # isort: skip
+from small_bart import MODEL  # isort: skip
+from units import ROOT, Unit, announce, finish  # isort: skip
+
+RESULTS, WORK = ROOT / "results" / "parse_instructed", ROOT / "experiments" / "work" / "parse_instructed"
+PAIRS = {"trainset": 2000, "devset": 150, "testset_w_refs": 200}
+SEEDS, EPOCHS, SLOTS, LONGEST_WORDS = (0, 1), 8.0, 100, 20
+FULL = "full"
+RATES = {
+    "prefix_tuning": (2e-2, 5e-2, 1.5e-1),
+    "pip_direct": (2e-2, 5e-2, 1.5e-1),
+    "pip_indirect": (2e-2, 5e-2, 1.5e-1),
+    FULL: (1e-4, 3e-4, 1e-3),
+}
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    if not MODEL.exists():
+        sys.exit(f"{MODEL} is missing: run experiments/small_bart.py first")
+    data = {name: pairs(Path(sys.argv[1]).resolve(), name) for name in PAIRS}
+    searches = {
+        f"search_{arm}_{rate:g}": Unit(partial(one, data, arm, rate, 0, is_final=False), 60.0)
+        for arm, rates in RATES.items()
+        for rate in rates
+    }
+    finals = {f"final_{arm}_seed_{seed}": Unit(dict, 300.0) for arm in RATES for seed in SEEDS}
+    announce(RESULTS / "units", searches | finals)
+    found = finish(RESULTS / "units", searches)
+    best = {
+        arm: min(rates, key=lambda r, a=arm: found[f"search_{a}_{r:g}"]["dev_loss"]) for arm, rates in RATES.items()
+    }
+    finals = {
+        f"final_{arm}_seed_{seed}": Unit(partial(one, data, arm, best[arm], seed, is_final=True), 300.0)
+        for arm in RATES
+        for seed in SEEDS
+    }
+    ceiling = {"ceiling": Unit(partial(judged_references, data["testset_w_refs"]), 60.0)}
+    summary = summed(finish(RESULTS / "units", finals | ceiling))
+    (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def pairs(e2e: Path, name: str) -> list[Example]:
+    """A sentence with the tree of one of its paraphrases; drawn and parsed once, kept in a file."""
+    path = WORK / f"{name}.jsonl"
+    if not path.exists():
+        drawn = _drawn(e2e, name)
+        trees = parsed([paraphrase for _, paraphrase in drawn])
+        rows = [{"sentence": s, "paraphrase": p, "tree": str(t)} for (s, p), t in zip(drawn, trees, strict=True) if t][
+            : PAIRS[name]
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text("".join(f"{json.dumps(r)}\n" for r in rows), encoding="utf-8")
+        scratch.replace(path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        Example(source=f"{r['sentence']} {spaced(r['tree'])}", targets=(r["paraphrase"],), condition=spaced(r["tree"]))
+        for r in rows
+    ]
+
+
+def _drawn(e2e: Path, name: str) -> list[tuple[str, str]]:
+    """Two references of a table, of one short sentence each; more than are needed, since not all can be parsed."""
+    draw = random.Random(0)
+    found = []
+    for example in antefix.read(f"{e2e}::{name}.csv"):
+        short = [t for t in example.targets if ". " not in t and len(t.split()) <= LONGEST_WORDS]
+        if len(short) >= 2:
+            draw.shuffle(short)
+            found += list(zip(short[::2], short[1::2], strict=False))
+    draw.shuffle(found)
+    return found[: 3 * PAIRS[name] // 2]
+
+
+def spaced(tree: str) -> str:
+    return tree.replace("(", " ( ").replace(")", " ) ").strip()
+
+
+def one(data: dict[str, list[Example]], arm: str, rate: float, seed: int, *, is_final: bool) -> dict[str, Any]:
+    """Train; the dev loss, and at the end what is written for the test pairs."""
+    base = antefix.load_base(str(MODEL))
+    train, dev, test = data.values()
+    epochs = EPOCHS if is_final else EPOCHS / 4
+    training = TrainingRecipe(epochs=epochs, learning_rate=rate, seed=seed, evaluations=4, tokens_per_batch=4096)
+    made = {"arm": arm, "learning_rate": rate, "seed": seed}
+    if arm == FULL:
+        loss = fine_tune(base, train, dev, training)
+        return {**made, "dev_loss": loss} | ({"test": judged(test, written(base, test))} if is_final else {})
+    prefix = antefix.train(base, train, dev=dev, method=arm, num_virtual_tokens=SLOTS, training=training)
+    found = {**made, "dev_loss": prefix.card.scores["dev"]["dev_loss"], "stored_values": prefix.num_values}
+    if is_final:
+        with attached(base.model, prefix):
+            found["test"] = judged(test, written(base, test))
+    return found
+
+
+def fine_tune(base: Base, train: Sequence[Example], dev: Sequence[Example], training: TrainingRecipe) -> float:
+    """Every weight, with the same pairs in every step and the same schedule; the last step's dev loss."""
+    encoded_train, encoded_dev = encoded(base, train), encoded(base, dev)
+    model = base.model
+    model.requires_grad_(requires_grad=True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=training.learning_rate or 0.0, weight_decay=0.0)
+    count = planned_steps(encoded_train, training)
+    schedule = get_linear_schedule_with_warmup(optimiser, math.ceil(0.05 * count), count)
+    plan = steps(
+        encoded_train, pairs_per_step=training.pairs_per_step, targets_per_row=training.targets_per_row,
+        seed=training.seed,
+    )  # fmt: skip
+    for units in islice(plan, count):
+        batch = encoder_decoder_batch(encoded_train, units, model)
+        (pair_losses(model, batch).sum() / len(batch.label)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+    total = tokens = 0.0
+    with torch.no_grad():
+        for unit in all_units(encoded_dev, 1):
+            batch = encoder_decoder_batch(encoded_dev, [unit], model)
+            total, tokens = total + float(pair_losses(model, batch).sum()), tokens + len(batch.label)
+    return total / tokens
+
+
+def written(base: Base, test: Sequence[Example]) -> list[str]:
+    return antefix.generate(base, test, decoding=antefix.Decoding(num_beams=4, max_new_tokens=60))
+
+
+def judged(test: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
+    """BLEU against the paraphrase, and how its tree is met."""
+    wanted, found = parsed([e.targets[0] for e in test]), parsed(texts)
+    both = [(w, f) for w, f in zip(wanted, found, strict=True) if w and f]
+    return {
+        "bleu": score([e.targets for e in test], list(texts), ["bleu"])["bleu"],
+        "parsed": len(both) / len(test),
+        "template_match": sum(w.cut(2) == f.cut(2) for w, f in both) / len(test),
+        "tree_edit_distance": statistics.mean(edit_distance(w, f) for w, f in both) if both else math.nan,
+        "copies_of_the_source": statistics.mean(
+            str(e.source).startswith(t.strip()) for e, t in zip(test, texts, strict=True)
+        ),
+    }
+
+
+def judged_references(test: Sequence[Example]) -> dict[str, Any]:
+    """What the paraphrases themselves get (the parser's ceiling), and the sentences that they paraphrase."""
+    sources = [str(e.source).split("  (")[0].split(" ( ")[0] for e in test]
+    return {"references": judged(test, [e.targets[0] for e in test]), "sentences": judged(test, sources)}
+
+
+def summed(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of every arm the figures of both seeds."""
+    summary: dict[str, Any] = {k: v for k, v in found["ceiling"].items() if k in ("references", "sentences")}
+    for arm in RATES:
+        units = [found[f"final_{arm}_seed_{seed}"] for seed in SEEDS]
+        summary[arm] = {"dev_loss": [round(u["dev_loss"], 4) for u in units]}
+        summary[arm] |= {name: [round(u["test"][name], 4) for u in units] for name in units[0]["test"]}
+    return summary
+
+
+if __name__ == "__main__":
+    main()
