@@ -98,9 +98,12 @@ def pairs(e2e: Path, name: str) -> list[Example]:
         scratch.replace(path)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        Example(source=f"{r['sentence']} {spaced(r['tree'])}", targets=(r["paraphrase"],), condition=spaced(r["tree"]))
+        Example(
+            source=f"{r['sentence']} {spaced(r['tree'])}", targets=(r["paraphrase"],), condition=spaced(r["tree"]),
+            labels={"sentence": r["sentence"]},
+        )
         for r in rows
-    ]
+    ]  # fmt: skip
 
 
 def _drawn(e2e: Path, name: str) -> list[tuple[str, str]]:
@@ -117,7 +120,7 @@ def _drawn(e2e: Path, name: str) -> list[tuple[str, str]]:
 
 
 def spaced(tree: str) -> str:
-    return tree.replace("(", " ( ").replace(")", " ) ").strip()
+    return " ".join(tree.replace("(", " ( ").replace(")", " ) ").split())
 
 
 def one(data: dict[str, list[Example]], arm: str, rate: float, seed: int, *, is_final: bool) -> dict[str, Any]:
@@ -178,16 +181,18 @@ def judged(test: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
         "parsed": len(both) / len(test),
         "template_match": sum(w.cut(2) == f.cut(2) for w, f in both) / len(test),
         "tree_edit_distance": statistics.mean(edit_distance(w, f) for w, f in both) if both else math.nan,
-        "copies_of_the_source": statistics.mean(
-            str(e.source).startswith(t.strip()) for e, t in zip(test, texts, strict=True)
+        "copies_of_the_sentence": statistics.mean(
+            e.labels["sentence"] == t.strip() for e, t in zip(test, texts, strict=True)
         ),
     }
 
 
 def judged_references(test: Sequence[Example]) -> dict[str, Any]:
     """What the paraphrases themselves get (the parser's ceiling), and the sentences that they paraphrase."""
-    sources = [str(e.source).split("  (")[0].split(" ( ")[0] for e in test]
-    return {"references": judged(test, [e.targets[0] for e in test]), "sentences": judged(test, sources)}
+    return {
+        "references": judged(test, [e.targets[0] for e in test]),
+        "sentences": judged(test, [e.labels["sentence"] for e in test]),
+    }
 
 
 def summed(found: dict[str, dict[str, Any]]) -> dict[str, Any]:

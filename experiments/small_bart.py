@@ -93,7 +93,7 @@ def trained(model: BartForConditionalGeneration, train: Sequence[list[int]], tok
             scratch.replace(CHECKPOINT)
             saved = now
             left = (now - started) / (step + 1 - first) * (STEPS - step - 1)
-            print(f"step {step + 1}/{STEPS}, loss {float(loss):.3f}, {left / 60:.0f} min left", flush=True)
+            print(f"step {step + 1}/{STEPS}, loss {loss.item():.3f}, {left / 60:.0f} min left", flush=True)
     return seconds + time.perf_counter() - started
 
 
