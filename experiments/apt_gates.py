@@ -86,9 +86,8 @@ def one(folders: Sequence[Path], name: str, seed: int) -> dict[str, Any]:
         base, train, dev=dev, method="apt", task=task, num_virtual_tokens=SLOTS, gate_from=gate_from,
         training=TrainingRecipe(epochs=20.0 if task == "classification" else 3.0, seed=seed, tokens_per_batch=2048),
     )  # fmt: skip
-    module = prefix.module(base.model)
-    watched = Watched.restore(find_sites(base.model), module.config, prefix.tensors)
-    watched.head = module.head
+    of_sites = {name: tensor for name, tensor in prefix.tensors.items() if not name.startswith("head.")}
+    watched = Watched.restore(find_sites(base.model), prefix.module(base.model).config, of_sites)
     with attached(base.model, prefix):
         metric = METRICS_OF[task][0]
         found = score([e.targets for e in test], antefix.label(base, test), [metric])[metric]

@@ -41,6 +41,7 @@ from antefix.training.recipe import TrainingRecipe
 
 from arms import encoded  # isort: skip
 from constituents import edit_distance, parsed  # isort: skip
+from few_labels import kept_dev_loss  # isort: skip
 from small_bart import MODEL  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
@@ -134,7 +135,7 @@ def one(data: dict[str, list[Example]], arm: str, rate: float, seed: int, *, is_
         loss = fine_tune(base, train, dev, training)
         return {**made, "dev_loss": loss} | ({"test": judged(test, written(base, test))} if is_final else {})
     prefix = antefix.train(base, train, dev=dev, method=arm, num_virtual_tokens=SLOTS, training=training)
-    found = {**made, "dev_loss": prefix.card.scores["dev"]["dev_loss"], "stored_values": prefix.num_values}
+    found = {**made, "dev_loss": kept_dev_loss(prefix), "stored_values": prefix.num_values}
     if is_final:
         with attached(base.model, prefix):
             found["test"] = judged(test, written(base, test))
