@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def run(folder: Path, name: str, seed: int) -> dict[str, Any]:
-    base = antefix.load_base("smollm2-135m", dtype="native")
+    base = antefix.load_base("smollm2-135m", dtype="float32")
     method, config = ARMS[name]
     arm = Ours(base, method, **config)
     train = encoded(base, sample_pairs(long_ones(webnlg_examples(folder / "train.jsonl.gz")), PAIRS, seed=0))

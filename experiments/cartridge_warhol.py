@@ -85,7 +85,7 @@ def run_of(document: Path, slots: int, seed: int, conversations: int) -> Cartrid
 
 def study(document: Path, name: str, seed: int, conversations: int) -> dict[str, Any]:
     """Questions and answers into a file; it goes on where it was interrupted."""
-    base = antefix.load_base("smollm2-135m", dtype="native")
+    base = antefix.load_base("smollm2-135m", dtype="float32")
     made = study_file(base, run_of(document, SLOTS[0], seed, conversations), WORK / name / STUDY_FILE)
     return {"conversations": len(made), "answer_tokens": sum(len(c.answer) for c in made), "precision": base.precision}
 
@@ -96,7 +96,7 @@ def held_out(base: Base, document: Path) -> list[Conversation]:
 
 def in_context(document: Path) -> dict[str, Any]:
     """With nothing in context, and with the document."""
-    base = antefix.load_base("smollm2-135m", dtype="native")
+    base = antefix.load_base("smollm2-135m", dtype="float32")
     ids = base.tokenizer(document.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     some = held_out(base, document)
     one_slot = sum(t.numel() * 4 for t in module_of(base, document, 1).kept_tensors().values()) / 2**20
@@ -112,7 +112,7 @@ def in_context(document: Path) -> dict[str, Any]:
 
 def cartridge(document: Path, slots: int) -> dict[str, Any]:
     """Before and after training."""
-    base = antefix.load_base("smollm2-135m", dtype="native")
+    base = antefix.load_base("smollm2-135m", dtype="float32")
     some = held_out(base, document)
     module = module_of(base, document, slots)
     with attached(base.model, module):

@@ -63,7 +63,7 @@ class Costed:
 
 def costs(e2e: Path, configs: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """By name: the rates of all rounds, and how many times prefix-tuning's seconds it takes (median and quartiles)."""
-    base = antefix.load_base("smollm2-135m", dtype="native")
+    base = antefix.load_base("smollm2-135m", dtype="float32")
     data = pairs_of(base, f"{e2e}::trainset.csv", 200)
     units = next(steps(data, pairs_per_step=PAIRS, targets_per_row=2, seed=0))
     prompts = _prompts(base, pairs_of(base, f"{e2e}::devset.csv", 200))

@@ -63,7 +63,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     e2e = Path(sys.argv[1]).resolve()
-    base = antefix.load_base("smollm2-135m", dtype="native")
+    base = antefix.load_base("smollm2-135m", dtype="float32")
     configs = {name: solved(base, name, sizes) for name, sizes in SIZES.items()}
     configs |= {f"{name} at its paper's size": (name, config) for name, config in PAPERS_SIZES.items()}
     for name, (method, config) in configs.items():
@@ -121,7 +121,7 @@ def run(
     e2e: Path, method: str, config: dict[str, Any], rate: float, pairs: int, seed: int, *, final: bool = False
 ) -> dict[str, Any]:
     """Train on the first `pairs` of the same 1,000. final: also write texts, and take time and memory."""
-    base = antefix.load_base("smollm2-135m", dtype="native")
+    base = antefix.load_base("smollm2-135m", dtype="float32")
     train, dev = (pairs_of(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
     arm = Ours(base, method, **config)
     schedule = Schedule(learning_rate=rate, pairs_seen=pairs, seed=seed, evaluate_every=250 if final else None)

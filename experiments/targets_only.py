@@ -118,7 +118,7 @@ class Paced:
 
 def ready(data: Path, name: str) -> tuple[Base, Encoded, Encoded]:
     """The base, a training and a dev set."""
-    base = antefix.load_base("smollm2-135m", dtype="native")
+    base = antefix.load_base("smollm2-135m", dtype="float32")
     every = antefix.read(f"{data}::trainset.csv")
     train = sample_pairs(every, 1000, seed=0) if name.startswith("1000") else one_target_each(every, 500)
     dev = sample_pairs(antefix.read(f"{data}::devset.csv"), 200, seed=0)

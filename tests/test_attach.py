@@ -247,11 +247,14 @@ def test_a_copy_of_an_attached_model_is_attached_by_itself(llama: Base) -> None:
         assert torch.equal(twin(**batch).logits, bare)
 
 
-def test_a_mask_that_is_written_into_counts_anew(llama: Base) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_that_is_written_into_counts_anew(
+    llama: Base, mode: type[torch.no_grad] | type[torch.inference_mode]
+) -> None:
     module, _ = tiny_pair(llama)
     batch = tiny_batch("llama")
-    mask = torch.ones(4, 1, 9, 9, dtype=torch.bool).tril()
-    with attached(llama.model, module), torch.no_grad():
+    with attached(llama.model, module), mode():
+        mask = torch.ones(4, 1, 9, 9, dtype=torch.bool).tril()
         before = llama.model(batch["input_ids"], attention_mask=mask).logits
         mask[:, :, 5:, 2] = False
         after = llama.model(batch["input_ids"], attention_mask=mask).logits

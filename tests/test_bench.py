@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from antefix.benchmarks.decoding import DecodingBench, bench_decoding
 from antefix.benchmarks.loading import LoadingBench, bench_loading
 from antefix.benchmarks.machine import matrix_peak_gflops, read_bandwidth_gb_s
 from antefix.benchmarks.memory import MemoryBench, bench_memory
+from antefix.benchmarks.peers import PaddedTraining
 from antefix.benchmarks.record import Record
 from antefix.benchmarks.report import markdown, write_report
 from antefix.benchmarks.rounds import ROUNDS_FILE, Kept, Spread, interleave
@@ -165,6 +167,29 @@ def test_training(base: str, data: str, tmp_path: Path) -> None:
     assert "| ours, float32 / PEFT sorted, float32 |" in markdown(record)
 
 
+@pytest.mark.parametrize(("forward_pairs", "num_steps"), [(8, 1), (8, 4), (16, 1), (16, 4), (32, 2)])
+def test_the_sorted_peer_gets_pairs_of_every_length(
+    base: str, tmp_path: Path, forward_pairs: int, num_steps: int
+) -> None:
+    """A few steps are as long, in the mean, as the whole sorted epoch that they stand for, and hardly padded."""
+    draw = random.Random(0)
+    path = tmp_path / "pairs.jsonl"
+    rows = (json.dumps({"source": f"number {n}", "target": " ".join(["x"] * draw.randint(1, 60))}) for n in range(4000))
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    arm = PaddedTraining(base, str(path), "float32", "full", 3, 32, forward_pairs, sort=True)
+    length = {pair: arm._length(pair) for pair in arm._pairs}
+    drawn = [pairs for seed in range(40) for pairs in arm._drawn(seed, num_steps)]
+    assert all(len(pairs) == 32 for pairs in drawn)
+    lengths = [length[pair] for pairs in drawn for pair in pairs]
+    mean = sum(length.values()) / len(length)
+    assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.03)
+    fed = 0
+    for pairs in drawn:
+        parts = [pairs[n : n + forward_pairs] for n in range(0, 32, forward_pairs)]
+        fed += sum(len(part) * max(length[pair] for pair in part) for part in parts)
+    assert fed / len(lengths) < 1.05 * mean
+
+
 def test_arms_that_do_not_agree_are_not_timed(base: str, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(training.TOLERANCE, "float32", -1.0)
     with pytest.raises(BenchmarkError, match="they do not compute the same, so nothing is timed"):
@@ -206,6 +231,11 @@ def test_loading(base: str, tmp_path: Path) -> None:
     assert record.figures["s, antefix --help"] < record.figures["s, imports (torch and transformers among them)"]  # type: ignore[operator]
     write_report(record, tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_a_file_that_is_not_there_is_told_as_everywhere(base: str) -> None:
+    with pytest.raises(BenchmarkError, match=r"^nowhere\.csv: no such file"):
+        bench_training(replace(TRAINING, base=base, data="nowhere.csv", quick=True), unseen)
 
 
 def test_a_precision_that_is_none_is_refused() -> None:

@@ -316,8 +316,11 @@ def _tokens(
 
 def _prepared_mask(mask: Tensor, num_keys: int, dtype: torch.dtype) -> Mask:
     """The mask as attention takes it. All layers of one kind get the same tensor in a forward pass, so this is made
-    once and kept at the tensor, as long as that lives. The version tells a mask that was written into."""
-    made_for = (None if mask.is_inference() else mask._version, num_keys, dtype)
+    once and kept at the tensor, as long as that lives. The version tells a mask that was written into; tensors of
+    inference mode have none, so theirs are made every time."""
+    if mask.is_inference():
+        return Mask.of(mask[..., :num_keys], dtype)
+    made_for = (mask._version, num_keys, dtype)
     known: tuple[Any, Mask] | None = mask.__dict__.get(_PREPARED_ATTRIBUTE)
     if known is not None and known[0] == made_for:
         return known[1]

@@ -164,23 +164,21 @@ class PeftDecoding:
 
     def work(self, number: int) -> Work:
         """Decode the batch once."""
-        inputs, count = self._decoding.inputs, 0
+        count = 0
         started = time.perf_counter()
         for place, name in enumerate(self._names):
             self._model.set_adapter(name)
-            group = {key: value[place :: len(self._names)] for key, value in inputs.items()}
-            count += self._generated(group).numel()
+            count += self._generated(self._group(place)).numel()
         return Work(count, time.perf_counter() - started)
 
     def show(self) -> Shown:
         """See `Shown`."""
-        inputs = self._decoding.inputs
-        num_rows = len(inputs["input_ids"])
+        num_rows = len(self._decoding.inputs["input_ids"])
         logits, texts = [torch.empty(0)] * num_rows, [torch.empty(0)] * num_rows
         for place, name in enumerate(self._names):
             self._model.set_adapter(name)
             rows = range(place, num_rows, len(self._names))
-            group = {key: value[place :: len(self._names)] for key, value in inputs.items()}
+            group = self._group(place)
             of_group = zip(rows, self._decoding.first_logits(self._model, group), self._generated(group), strict=True)
             for row, its_logits, its_text in of_group:
                 logits[row], texts[row] = its_logits, its_text
@@ -190,6 +188,12 @@ class PeftDecoding:
     def peak_mib(self) -> float:
         """Peak memory of decoding above the model."""
         return peak_mib(lambda: self.work(0))
+
+    def _group(self, place: int) -> dict[str, Tensor]:
+        """The rows of one adapter, without the padding that other rows alone need."""
+        rows = {key: value[place :: len(self._names)] for key, value in self._decoding.inputs.items()}
+        unused = int((rows["attention_mask"].sum(0) == 0).sum())
+        return {key: value[:, unused:] for key, value in rows.items()}
 
     def _generated(self, inputs: dict[str, Tensor]) -> Tensor:
         return self._decoding.generate(lambda **arguments: peft_generate(self._model, **arguments), inputs)

@@ -77,18 +77,27 @@ class PaddedTraining:
         return peak_mib(lambda: self.work(seed, 1))
 
     def _drawn(self, seed: int, num_steps: int) -> list[list[Pair]]:
-        draw, size = torch.Generator().manual_seed(seed), self._pairs_per_step
+        draw, size, forward = torch.Generator().manual_seed(seed), self._pairs_per_step, self.forward_pairs
         if self._sort:
             lengths = [self._length(pair) for pair in self._pairs]
-            order = get_length_grouped_indices(lengths, size, generator=draw)  # type: ignore[no-untyped-call]
-            # The sampler puts the longest pairs of all first: over an epoch that evens out, over a few steps it would
-            # be held against the peer.
-            order = order[size:]
+            order = get_length_grouped_indices(lengths, forward, generator=draw)  # type: ignore[no-untyped-call]
         else:
             order = torch.randperm(len(self._pairs), generator=draw).tolist()
-        if len(order) < num_steps * size:
+        passes = [order[n : n + forward] for n in range(0, len(order) - forward + 1, forward)]
+        passes_a_step = -(-size // forward)
+        count = num_steps * passes_a_step
+        if len(passes) < count:
             raise BenchmarkError(f"{num_steps} steps of {size} pairs need more than the {len(self._pairs)} pairs here")
-        return [[self._pairs[i] for i in order[n * size : (n + 1) * size]] for n in range(num_steps)]
+        if self._sort:
+            # The sampler gives long pairs first, stretch by stretch. A few steps stand for the whole epoch if they take
+            # forward passes of all lengths, each with the same chance.
+            passes.sort(key=lambda indices: max(lengths[i] for i in indices))
+            first = float(torch.rand((), generator=draw))
+            passes = [passes[int((first + n) * len(passes) / count)] for n in range(count)]
+            passes = [passes[n] for n in torch.randperm(count, generator=draw).tolist()]
+        pairs = [[self._pairs[i] for i in indices] for indices in passes[:count]]
+        starts = range(0, count, passes_a_step)
+        return [[p for part in pairs[n : n + passes_a_step] for p in part][:size] for n in starts]
 
     def _length(self, pair: Pair) -> int:
         example = self._data.examples[pair[0]]

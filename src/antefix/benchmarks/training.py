@@ -177,7 +177,7 @@ def bench_training(bench: TrainingBench, watch: Watch, kept: Kept | None = None)
         )  # fmt: skip
         for dtype in bench.precisions:
             record.figures |= _useful_work(arms[f"ours, {dtype}"], record.rounds[f"ours, {dtype}"], dtype, bench)
-        record.peak_mib = {name: arm.call("peak_mib", _FIRST_SEED) for name, arm in arms.items()}
+    _add_peaks(record, bench)
     _add_ratios(record, bench)
     if not bench.quick:
         record.curves = _growth(bench, watch)
@@ -231,7 +231,7 @@ def _best_forward(name: str, arm: Worker, bench: TrainingBench, watch: Watch, ke
             rates[choice] = arm.call("work", 1, 1).per_second
         return max(rates, key=rates.__getitem__)
 
-    what = f"pairs a forward pass, {name}"
+    what = _forward_pairs_of(name)
     best = int(kept.choice(what, fastest))
     arm.call("set_forward_pairs", best)
     return {what: best}
@@ -246,8 +246,25 @@ def _useful_work(ours: Worker, rates: Sequence[float], dtype: Dtype, bench: Trai
         f"best matrix product GFLOP/s, {dtype}": peak,
         f"useful share of the best, {dtype}": useful / peak,
         f"pairs/s if all were matrix products at their best, {dtype}": peak / (sum(flop) / len(flop)),
-        f"peak MiB of a bare forward and backward on the same rows, {dtype}": ours.call("bare_peak_mib", _FIRST_SEED),
     }
+
+
+def _add_peaks(record: Record, bench: TrainingBench) -> None:
+    """Of every arm in a fresh process: what one has freed and not given back would count for less."""
+    for name, worker in _workers(bench).items():
+        with worker() as arm:
+            forward_pairs = record.figures.get(_forward_pairs_of(name))
+            if forward_pairs is not None:
+                arm.call("set_forward_pairs", int(forward_pairs))
+            record.peak_mib[name] = arm.call("peak_mib", _FIRST_SEED)
+    for dtype in bench.precisions:
+        with _workers(bench)[f"ours, {dtype}"]() as ours:
+            what = f"peak MiB of a bare forward and backward on the same rows, {dtype}"
+            record.figures[what] = ours.call("bare_peak_mib", _FIRST_SEED)
+
+
+def _forward_pairs_of(name: str) -> str:
+    return f"pairs a forward pass, {name}"
 
 
 def _add_ratios(record: Record, bench: TrainingBench) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from antefix.errors import BenchmarkError
+from antefix.errors import AntefixError, BenchmarkError
 
 
 class Worker:
@@ -59,7 +59,7 @@ class Worker:
         except (EOFError, OSError):
             raise self._ended() from None
         if not done:
-            raise BenchmarkError(f"the arm {self._name}: {result}")
+            raise BenchmarkError(result)
         return result
 
     def _ended(self) -> BenchmarkError:
@@ -73,7 +73,7 @@ def _serve(connection: Connection, arm: str, options: dict[str, Any], environmen
     try:
         built = getattr(import_module(module), name)(**options)
     except Exception as error:  # whatever it is, the parent must hear of it
-        connection.send((False, _reason(error)))
+        connection.send((False, _reason(name, error)))
         return
     connection.send((True, None))
     while True:
@@ -84,9 +84,11 @@ def _serve(connection: Connection, arm: str, options: dict[str, Any], environmen
         try:
             connection.send((True, getattr(built, method)(*args)))
         except Exception as error:
-            connection.send((False, _reason(error)))
+            connection.send((False, _reason(name, error)))
 
 
-def _reason(error: Exception) -> str:
+def _reason(arm: str, error: Exception) -> str:
+    if isinstance(error, AntefixError):
+        return str(error)  # a user's mistake says what to do
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    return f"the arm {arm}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
