@@ -24,7 +24,7 @@ def write_report(found: Found, best: dict[str, float], folder: Path) -> None:
         "untouched": {arm: curve_of(found, f"untouched_{arm}_") for arm in ("ours", "peft_prefix")},
         "low": low(found),
         "extrapolation": {
-            name.removeprefix("webnlg_"): {kind: unit[kind]["bleu"] for kind in ("seen", "unseen")}
+            name.removeprefix("webnlg_"): {kind: extrapolated(found, unit, kind) for kind in ("seen", "unseen")}
             for name, unit in found.items()
             if name.startswith("webnlg_")
         },
@@ -65,9 +65,14 @@ def final(found: Found, best: dict[str, float]) -> dict[str, Any]:
     return table
 
 
-def difference(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+def extrapolated(found: Found, unit: dict[str, Any], kind: str) -> dict[str, Any]:
+    """BLEU on inputs of one kind of categories, and how it compares with ours."""
+    return {"bleu": unit[kind]["bleu"], "ours_minus_this": difference(found["webnlg_ours"], unit, kind)}
+
+
+def difference(mine: dict[str, Any], other: dict[str, Any], kind: str = "test") -> dict[str, float]:
     """In BLEU, with the 95 % interval and p of a paired bootstrap over inputs."""
-    first, second = ({"bleu": evaluated(unit["test"])} for unit in (mine, other))
+    first, second = ({"bleu": evaluated(unit[kind])} for unit in (mine, other))
     compared = compare(first, second)["bleu"]
     return {name: round(getattr(compared, name), 4) for name in ("difference", "low", "high", "p_value")}
 
@@ -83,8 +88,15 @@ def low(found: Found) -> dict[str, dict[str, Any]]:
         table.setdefault(unit["arm"], {}).setdefault(str(unit["size"]), []).append(unit["test"]["bleu"])
     return {
         arm: {
-            size: {"mean": round(statistics.mean(b), 4), "standard_deviation": round(statistics.stdev(b), 4)}
-            for size, b in sorted(sizes.items(), key=lambda item: int(item[0]))
+            size: {
+                "mean": round(statistics.mean(bleu), 4),
+                "standard_deviation": round(statistics.stdev(bleu), 4),
+                "ours_minus_this": [
+                    difference(found[f"low_ours_{size}_sample_{sample}"], found[f"low_{arm}_{size}_sample_{sample}"])
+                    for sample in range(len(bleu))
+                ],
+            }
+            for size, bleu in sorted(sizes.items(), key=lambda item: int(item[0]))
         }
         for arm, sizes in table.items()
     }
@@ -96,7 +108,7 @@ def markdown(summary: dict[str, Any]) -> str:
         [arm, f"{row['parameters']:,}", f"{summary['searched'][arm]['learning_rate']:g}",
          *_losses(row),
          " and ".join(f"{b:.4f}" for b in row["bleu"]),
-         " and ".join(f"{d['difference']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" for d in row["ours_minus_this"])]
+         " and ".join(map(_difference, row["ours_minus_this"]))]
         for arm, row in summary["final"].items()
     ]  # fmt: skip
     untouched = [
@@ -109,7 +121,14 @@ def markdown(summary: dict[str, Any]) -> str:
         for arm, row in summary["low"].items()
     ]
     unseen = [
-        [arm, *(f"{row[kind]:.4f}" for kind in ("seen", "unseen"))] for arm, row in summary["extrapolation"].items()
+        [arm, *(f"{row[kind]['bleu']:.4f}" for kind in ("seen", "unseen")),
+         *(_difference(row[kind]["ours_minus_this"]) for kind in ("seen", "unseen"))]
+        for arm, row in summary["extrapolation"].items()
+    ]  # fmt: skip
+    samples = [
+        [arm, *(" and ".join(map(_difference, row[size]["ours_minus_this"])) for size in sizes)]
+        for arm, row in summary["low"].items()
+        if arm != "ours"
     ]
     after = [f"dev loss at {n}" for n in seen]
     return "\n".join([
@@ -121,9 +140,15 @@ def markdown(summary: dict[str, Any]) -> str:
         *_table(["arm", *(f"dev loss at {n}" for n in summary["untouched"]["ours"]["pairs_seen"])], untouched),
         "", "Few pairs: BLEU of 100 test inputs, mean and standard deviation of three samples:", "",
         *_table(["arm", *(f"{size} pairs" for size in sizes)], lows),
+        "", "The same, BLEU of ours minus this (95 %), sample by sample:", "",
+        *_table(["arm", *(f"{size} pairs" for size in sizes)], samples),
         "", "WebNLG: BLEU on 100 inputs of categories seen in training, and of unseen ones:", "",
-        *_table(["arm", "seen", "unseen"], unseen), "",
+        *_table(["arm", "seen", "unseen", "ours minus this (95 %), seen", "unseen"], unseen), "",
     ])  # fmt: skip
+
+
+def _difference(found: dict[str, float]) -> str:
+    return f"{found['difference']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
 
 
 def _losses(row: dict[str, Any]) -> list[str]:

@@ -3,9 +3,9 @@
     python experiments/few_labels.py path/to/sst2_16shot path/to/wnut17
 
 SST-2 with 16 sentences of each class (T-Few's five draws) and the 1,821 test sentences; names in noisy texts (WNUT-17)
-with all of its training sentences (3,291 unlike ones). MiniLM (22 M, an encoder), ten slots, the head trained in every arm. The
-learning rate is the best of three by the loss on 200 dev sentences (SST-2 on the first draw), and is then used for all
-draws or seeds. Writes `results/few_labels/`; about half an hour on two cores.
+with all of its training sentences (3,291 unlike ones). MiniLM (22 M, an encoder), ten slots, the head trained in every
+arm. The learning rate is the best of three by the loss on 200 dev sentences (SST-2 on the first draw), and is then used
+for all draws or seeds. Writes `results/few_labels/`; about half an hour on two cores.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python experiments/methods_side_by_side.py path/to/e2e-dataset.zip
 
-SmolLM2-135M in the precision that the processor multiplies natively. Every method's size is solved for the budget, what
-a kept prefix of ten slots holds (115,200 values): the largest that does not exceed it; where its smallest is larger,
-that is said and taken. Three methods are run at their paper's own size too. Units, in this order:
+SmolLM2-135M in float32. Every method's size is solved for the budget, what a kept prefix of ten slots holds (115,200
+values): the largest that does not exceed it; where its smallest is larger, that is said and taken. Three methods are
+run at their paper's own size too. Units, in this order:
 
 - search: three learning rates a method, a third, once and three times its default, 200 pairs each.
 - final: 1,000 pairs (the same in every step of every method) at the best rate; dev loss on the way, BLEU of greedy
