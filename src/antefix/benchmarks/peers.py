@@ -89,12 +89,8 @@ class PaddedTraining:
         if len(passes) < count:
             raise BenchmarkError(f"{num_steps} steps of {size} pairs need more than the {len(self._pairs)} pairs here")
         if self._sort:
-            # The sampler gives long pairs first, stretch by stretch. A few steps stand for the whole epoch if they take
-            # forward passes of all lengths, each with the same chance.
             passes.sort(key=lambda indices: max(lengths[i] for i in indices))
-            first = float(torch.rand((), generator=draw))
-            passes = [passes[int((first + n) * len(passes) / count)] for n in range(count)]
-            passes = [passes[n] for n in torch.randperm(count, generator=draw).tolist()]
+            passes = _spread(passes, count, draw)
         pairs = [[self._pairs[i] for i in indices] for indices in passes[:count]]
         starts = range(0, count, passes_a_step)
         return [[p for part in pairs[n : n + passes_a_step] for p in part][:size] for n in starts]
@@ -118,6 +114,16 @@ class PaddedTraining:
             rows["attention_mask"].append([1] * length + [0] * gap)
             rows["labels"].append([*[_IGNORED] * len(source), *target, *[_IGNORED] * gap])
         return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def _spread(passes: Sequence[list[int]], count: int, draw: torch.Generator) -> list[list[int]]:
+    """So many forward passes of an epoch sorted by length, to stand for all of it: of all lengths, in random order.
+
+    Every one is taken with the same chance. The sampler's own first ones are the longest of a stretch.
+    """
+    first = float(torch.rand((), generator=draw))
+    chosen = [passes[int((first + n) * len(passes) / count)] for n in range(count)]
+    return [chosen[n] for n in torch.randperm(count, generator=draw).tolist()]
 
 
 def peft_model(base: Base, num_slots: int) -> Any:
