@@ -23,13 +23,12 @@ from antefix.base import Dtype
 from antefix.benchmarks.machine import read_bandwidth_gb_s
 from antefix.benchmarks.peers import give_slots, peft_generate, peft_model
 from antefix.benchmarks.record import Curve, Record
-from antefix.benchmarks.rounds import Kept, Spread, interleave
+from antefix.benchmarks.rounds import Kept, Spread, Watch, interleave
 from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import Work, common_slots, load_workload, our_prefix, parameters_in_products, peak_mib
 from antefix.errors import BenchmarkError
 from antefix.products import by_torch
 
-Watch = Callable[[int, int, str], None]
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}
 """How far the first logits of two arms may be apart in the mean, as a part of their standard deviation. With a thousand
 random slots a base in bfloat16 is that far from itself in float32: there it only shows that both sides have slots."""

@@ -22,14 +22,13 @@ from antefix.attach import attached
 from antefix.bank import Bank
 from antefix.base import load_base
 from antefix.benchmarks.record import Curve, Record
-from antefix.benchmarks.rounds import Spread
+from antefix.benchmarks.rounds import Spread, Watch
 from antefix.benchmarks.workload import common_slots, our_prefix
 from antefix.methods import method_class
 from antefix.prefix import CARD_FILE as CARD
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.tensor_file import TENSORS_FILE
 
-Watch = Callable[[int, int, str], None]
 _HELP = "import sys; sys.argv = ['antefix', '--help']; from antefix.cli import main; main()"
 _BASE = (
     "import time, sys; import torch, transformers; from antefix.base import load_base; "

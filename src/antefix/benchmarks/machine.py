@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def description() -> dict[str, Any]:
-    """Processor, what it knows of matrices, threads, versions."""
+    """Processor, what it knows of matrices, threads, versions, and the commit where this code lies in a checkout."""
     info = _cpuinfo()
     flags = set(info.get("flags", "").split())
     return {
@@ -30,6 +31,7 @@ def description() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "commit": _commit(),
     }
 
 
@@ -78,6 +80,18 @@ def _cpuinfo() -> dict[str, str]:
         return {}
     first = path.read_text(encoding="utf-8").split("\n\n")[0]
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _commit() -> str | None:
+    """Of the checkout that this code lies in; None for an installed package."""
+    checkout = Path(__file__).parents[3]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(name: str) -> str | None:

@@ -11,10 +11,9 @@ from typing import Any
 
 from antefix.base import Dtype
 from antefix.benchmarks.record import Curve, Record
-from antefix.benchmarks.rounds import Spread
+from antefix.benchmarks.rounds import Spread, Watch
 from antefix.benchmarks.worker import Worker
 
-Watch = Callable[[int, int, str], None]
 _SEED = 1000
 _OURS = "ours"
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from antefix.base import Base, Dtype
-from antefix.benchmarks.workload import Work, common_slots, load_workload, peak_mib
+from antefix.benchmarks.workload import Work, common_slots, load_workload, peak_mib, with_sources
+from antefix.data.encode import Encoded
 from antefix.errors import BenchmarkError
 from antefix.products import by_torch
 
@@ -31,18 +32,28 @@ class PaddedTraining:
         self, base: str, data: str, dtype: Dtype, trained: Literal["prefix", "full"], num_slots: int,
         pairs_per_step: int, forward_pairs: int, sort: bool, sample: int | None = None,
     ) -> None:  # fmt: skip
-        self._base, self._data = load_workload(base, data, dtype, sample)
+        self._base, data_of_file = load_workload(base, data, dtype, sample)
         by_torch(self._base.model)  # as transformers loads it
         self._model: Any = self._base.model
-        if trained == "prefix":
-            self._model = peft_model(self._base, num_slots)
-        else:
+        if trained == "full":
             self._model.requires_grad_(True)
-        self._num_slots, self._pairs_per_step, self._sort = num_slots, pairs_per_step, sort
-        self.forward_pairs = forward_pairs
-        self._pairs = [(n, t) for n, e in enumerate(self._data.examples) for t in range(len(e.targets))]
+            self._train()
+        else:
+            self._set_slots(num_slots)
+        self._pairs_per_step, self._sort, self.forward_pairs = pairs_per_step, sort, forward_pairs
+        self._set_data(data_of_file)
+
+    def _set_slots(self, num_slots: int) -> None:
+        self._model, self._num_slots = peft_model(self._base, num_slots), num_slots
+        self._train()
+
+    def _train(self) -> None:
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(self._trained, lr=1e-3)
+
+    def _set_data(self, data: Encoded) -> None:
+        self._data = data
+        self._pairs = [(n, t) for n, e in enumerate(data.examples) for t in range(len(e.targets))]
 
     def check_loss(self, pairs: Sequence[Pair]) -> float:
         """Mean loss of a target token over these pairs, with the slots that all arms are given."""
@@ -71,6 +82,20 @@ class PaddedTraining:
             self._optimiser.step()
             self._optimiser.zero_grad(set_to_none=True)
         return Work(num_steps * self._pairs_per_step, time.perf_counter() - started)
+
+    def grow(self, seed: int, num_slots: int, source_tokens: int | None, pairs_per_step: int) -> Work:
+        """One step of so many pairs with so many slots, on sources of so many random tokens (None: the data's own)."""
+        kept = self._data, self._pairs_per_step, self.forward_pairs
+        if num_slots != self._num_slots:
+            self._set_slots(num_slots)
+        if source_tokens is not None:
+            self._set_data(with_sources(self._data, source_tokens))
+        self._pairs_per_step, self.forward_pairs = pairs_per_step, min(self.forward_pairs, pairs_per_step)
+        try:
+            return self.work(seed, 1)
+        finally:
+            data, self._pairs_per_step, self.forward_pairs = kept
+            self._set_data(data)
 
     def peak_mib(self, seed: int) -> float:
         """Peak memory of one optimiser step above the model and the optimiser's state."""

@@ -31,7 +31,8 @@ def markdown(record: Record) -> str:
         f"# antefix bench {record.bench}",
         "",
         f"{machine['processor']}, {machine['threads']} threads ({', '.join(machine['features'])}); "
-        + ", ".join(f"{name} {found}" for name, found in machine["versions"].items()),
+        + ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+        + (f"; commit {machine['commit']}" if machine["commit"] else ""),
         "",
         "Settings: " + ", ".join(f"{name} {_plain(value)}" for name, value in record.settings.items()),
     ]

@@ -17,6 +17,8 @@ from antefix import atomic
 from antefix.errors import BenchmarkError
 
 ROUNDS_FILE = "rounds.json"
+Watch = Callable[[int, int, str], None]
+"""Called before every turn: turns done, turns in all, what is done now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,7 +23,7 @@ from antefix.base import Dtype
 from antefix.benchmarks.machine import matrix_peak_gflops
 from antefix.benchmarks.peers import Pair
 from antefix.benchmarks.record import Curve, Record
-from antefix.benchmarks.rounds import Kept, Spread, interleave
+from antefix.benchmarks.rounds import Kept, Spread, Watch, interleave
 from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import (
     Work,
@@ -31,8 +32,9 @@ from antefix.benchmarks.workload import (
     our_prefix,
     parameters_in_products,
     peak_mib,
+    with_sources,
 )
-from antefix.data.encode import Encoded, EncodedExample
+from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, microbatches, steps
 from antefix.errors import BenchmarkError
 from antefix.methods import method_class
@@ -45,12 +47,9 @@ CHECKED: tuple[Pair, ...] = tuple((n, 0) for n in range(8))
 """The pairs on which arms must agree."""
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 3e-2}
 FORWARD_PAIRS = (8, 16, 32, 64)
-SLOT_COUNTS, SOURCE_TOKENS = (0, 16, 128, 512, 2048), (16, 64, 256, 1024)
+SLOT_COUNTS, SOURCE_TOKENS, _GROWTH_ROUNDS = (1, 16, 128, 512, 2048), (16, 64, 256, 1024), 3
 """Of the growth curves."""
 _FIRST_SEED = 1000
-
-Watch = Callable[[int, int, str], None]
-"""Called before every turn: turns done, turns in all, what is done now."""
 
 
 class OurTraining:
@@ -78,21 +77,22 @@ class OurTraining:
 
     def work(self, seed: int, num_steps: int) -> Work:
         """Optimiser steps on pairs drawn with this seed; the time is the loop's own, without its set-up."""
-        return self._work_on(self._data, seed, num_steps)
+        return self._work_on(self._data, self._drawn_with(seed, num_steps))
 
-    def work_with(self, num_slots: int, source_tokens: int | None, seed: int) -> Work:
-        """One step with so many slots, on sources of so many (random) tokens."""
+    def grow(self, seed: int, num_slots: int, source_tokens: int | None, pairs_per_step: int) -> Work:
+        """One step of so many pairs with so many slots, on sources of so many random tokens (None: the data's own)."""
         if num_slots != self._num_slots:
             self._set_slots(num_slots)
-        return self._work_on(self._data if source_tokens is None else _with_sources(self._data, source_tokens), seed, 1)
+        data = self._data if source_tokens is None else with_sources(self._data, source_tokens)
+        return self._work_on(data, self._drawn_with(seed, 1, pairs_per_step=pairs_per_step))
 
-    def _work_on(self, data: Encoded, seed: int, num_steps: int) -> Work:
+    def _work_on(self, data: Encoded, recipe: TrainingRecipe) -> Work:
         reports: list[StepReport] = []
         train_loop(
-            self._base.model, self._module, data, None, self._drawn_with(seed, num_steps),
+            self._base.model, self._module, data, None, recipe,
             learning_rate=1e-3, digest="", run_folder=None, watch=reports.append,
         )  # fmt: skip
-        pairs = num_steps * self._recipe.pairs_per_step
+        pairs = (recipe.max_steps or 1) * recipe.pairs_per_step
         return Work(pairs, pairs / reports[-1].pairs_per_second)
 
     def useful_flop_a_pair(self, seed: int, num_steps: int) -> float:
@@ -127,8 +127,8 @@ class OurTraining:
                 batch.inputs["inputs_embeds"] = model.get_input_embeddings()(ids).requires_grad_()
                 pair_losses(model, batch).sum().backward()  # type: ignore[no-untyped-call]
 
-    def _drawn_with(self, seed: int, num_steps: int) -> TrainingRecipe:
-        return self._recipe.model_copy(update={"seed": seed, "max_steps": num_steps})
+    def _drawn_with(self, seed: int, num_steps: int, **changed: Any) -> TrainingRecipe:
+        return self._recipe.model_copy(update={"seed": seed, "max_steps": num_steps, **changed})
 
     def _batches(self, seed: int, num_steps: int) -> Iterator[Batch]:
         """The forward passes of these steps."""
@@ -147,7 +147,7 @@ class TrainingBench:
     data: str
     precisions: tuple[Dtype, ...] = ("float32", "bfloat16")
     num_slots: int = 10
-    pairs_per_step: int = 32
+    pairs_per_step: int = 16
     sample: int | None = None
     """Train on so many pairs drawn one by one, which hardly share a source; None: on the whole file."""
     rounds: int = 15
@@ -177,7 +177,7 @@ def bench_training(bench: TrainingBench, watch: Watch, kept: Kept | None = None)
         )  # fmt: skip
         for dtype in bench.precisions:
             record.figures |= _useful_work(arms[f"ours, {dtype}"], record.rounds[f"ours, {dtype}"], dtype, bench)
-    _add_peaks(record, bench)
+    _add_peaks(record, bench, watch)
     _add_ratios(record, bench)
     if not bench.quick:
         record.curves = _growth(bench, watch)
@@ -249,9 +249,11 @@ def _useful_work(ours: Worker, rates: Sequence[float], dtype: Dtype, bench: Trai
     }
 
 
-def _add_peaks(record: Record, bench: TrainingBench) -> None:
+def _add_peaks(record: Record, bench: TrainingBench, watch: Watch) -> None:
     """Of every arm in a fresh process: what one has freed and not given back would count for less."""
-    for name, worker in _workers(bench).items():
+    workers = _workers(bench)
+    for number, (name, worker) in enumerate(workers.items()):
+        watch(number, len(workers), f"peak memory, {name}")
         with worker() as arm:
             forward_pairs = record.figures.get(_forward_pairs_of(name))
             if forward_pairs is not None:
@@ -277,32 +279,33 @@ def _add_ratios(record: Record, bench: TrainingBench) -> None:
 
 
 def _growth(bench: TrainingBench, watch: Watch) -> list[Curve]:
-    """Of ours, in the last precision: over slots, and over the length of sources."""
+    """Of ours and PEFT's sorted batches, in the last precision: over slots, the length of sources, pairs a step."""
     dtype = bench.precisions[-1]
-    settings: dict[tuple[str, int], tuple[int, int | None]] = {("slots", n): (n, None) for n in SLOT_COUNTS if n}
-    settings |= {("source tokens", n): (bench.num_slots, n) for n in SOURCE_TOKENS}
-    options = {"base": bench.base, "data": bench.data, "dtype": dtype, "num_slots": bench.num_slots,
-               "pairs_per_step": 16}  # fmt: skip
-    with Worker("antefix.benchmarks.training:OurTraining", options) as arm:
-        rates = interleave(
-            {
-                f"{axis} {n}": lambda number, chosen=chosen: arm.call("work_with", *chosen, number).per_second  # type: ignore[misc]
-                for (axis, n), chosen in settings.items()
-            },
-            3,
-            lambda n, name: watch(n, 3 * len(settings), f"growth: {name}"),
-        )
+    settings: dict[tuple[str, int], tuple[int, int | None, int]] = {
+        **{("slots", n): (n, None, 16) for n in SLOT_COUNTS},
+        **{("source tokens", n): (bench.num_slots, n, 8) for n in SOURCE_TOKENS},
+        **{("pairs a step", n): (bench.num_slots, None, n) for n in FORWARD_PAIRS},
+    }
+    names = (f"ours, {dtype}", f"PEFT sorted, {dtype}")
+    with ExitStack() as stack:
+        arms = {name: stack.enter_context(_workers(replace(bench, sample=None))[name]()) for name in names}
+        turns = {
+            f"{name}: {axis} {n}": partial(_grown, arm, setting)
+            for (axis, n), setting in settings.items()
+            for name, arm in arms.items()
+        }
+        total = _GROWTH_ROUNDS * len(turns)
+        rates = interleave(turns, _GROWTH_ROUNDS, lambda n, name: watch(n, total, f"growth: {name}"))
     return [
         Curve(
             title=f"training, {dtype}", x=axis, y="pairs/s",
-            series={"ours": [(n, Spread.of(rates[f"{a} {n}"])) for a, n in settings if a == axis]},
+            series={
+                name: [(n, Spread.of(rates[f"{name}: {a} {n}"])) for a, n in settings if a == axis] for name in names
+            },
         )
-        for axis in ("slots", "source tokens")
+        for axis in dict.fromkeys(axis for axis, _ in settings)
     ]  # fmt: skip
 
 
-def _with_sources(data: Encoded, source_tokens: int) -> Encoded:
-    draw = torch.Generator().manual_seed(source_tokens)
-    ids = torch.randint(1000, 2000, (200, source_tokens), generator=draw).tolist()
-    examples = tuple(EncodedExample(tuple(s), e.targets) for s, e in zip(ids, data.examples, strict=False))
-    return Encoded(examples, 0, 0)
+def _grown(arm: Worker, setting: tuple[int, int | None, int], number: int) -> float:
+    return float(arm.call("grow", number, *setting).per_second)

@@ -66,6 +66,14 @@ def _drawn(encoded: Encoded, sample: int) -> Encoded:
     return Encoded(tuple(examples), 0, 0)
 
 
+def with_sources(data: Encoded, source_tokens: int) -> Encoded:
+    """200 examples with their targets, on sources of so many tokens drawn from the data's: the same for every arm."""
+    draw, examples = random.Random(source_tokens), data.examples[:200]
+    tokens = sorted({token for e in examples for token in e.source})
+    made = (EncodedExample(tuple(draw.choices(tokens, k=source_tokens)), e.targets) for e in examples)
+    return Encoded(tuple(made), 0, 0)
+
+
 def common_slots(model: PreTrainedModel, num_slots: int, seed: int = 0) -> Tensor:
     """Random slots as PEFT holds them, (P, layers * 2 * G * D): the same in every arm that asks for this seed."""
     widths = sum(s.num_key_value_heads * (s.key_width + s.value_width) for s in find_sites(model).attention)

@@ -28,7 +28,7 @@ def train(
     base: Base = "smollm2-135m",
     data: Data = None,
     precision: Precision = None,
-    pairs_per_step: Annotated[int, typer.Option(min=1, help="Pairs an optimiser step, in every arm.")] = 32,
+    pairs_per_step: Annotated[int, typer.Option(min=1, help="Pairs an optimiser step, in every arm.")] = 16,
     sample: Annotated[int | None, typer.Option(min=1, help="Pairs drawn one by one; without: the whole file.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
     quick: Quick = False,
