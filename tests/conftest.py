@@ -184,12 +184,17 @@ def is_output(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 _SLOTS: dict[str, Any] = {"num_virtual_tokens": 5, "initial": "normal", "initial_scale": 1.0}
 METHOD_CONFIGS: dict[str, dict[str, Any]] = {
+    "adapter": {"width": 5, "initial_scale": 0.5},
     "apt": _SLOTS,
+    "bitfit": {"initial_scale": 0.5},
     "cartridge": {"num_virtual_tokens": 5, "document": str(Path(__file__))},
     "hierarchical_blocking": {**_SLOTS, "target_tokens": 3},
+    "ia3": {"initial_scale": 0.5},
     "inducer": {"initial_scale": 0.5},
     "infix": _SLOTS,
     "llama_adapter": {"num_virtual_tokens": 5, "initial_gate": 0.7},
+    "lora": {"rank": 3, "initial_scale": 0.5},
+    "mam": {"prefix_tuning": _SLOTS, "adapter": {"form": "parallel", "width": 4, "initial_scale": 0.5}},
     "ntk_attention": {"initial_scale": 1.0},
     "p_tuning_v2": {**_SLOTS, "dropout": 0.0},
     "pip_direct": _SLOTS,
@@ -198,11 +203,17 @@ METHOD_CONFIGS: dict[str, dict[str, Any]] = {
     "prefix_propagation": {"num_virtual_tokens": 5, "initial_scale": 1.0},
     "prefix_tuning": _SLOTS,
     "prompt_tuning": {"num_virtual_tokens": 5, "initial": "uniform", "initial_scale": 2.0},
+    "soft_infix": {"num_virtual_tokens": 2, "initial": "uniform", "initial_scale": 2.0},
     "sparse_prefix": {**_SLOTS, "top_k": 3},
 }
 """For every method of the table a config under which it matters from the start, on any tiny model."""
 
 METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "adapter": {
+        "narrow": {"width": 2, "activation": "gelu"},
+        "houlsby": {"form": "houlsby", "train_norms": True},
+        "parallel": {"form": "parallel", "scale": 4.0},
+    },
     "apt": {
         "short": {"num_virtual_tokens": 2},
         "mean": {"gate_from": "mean"},
@@ -210,14 +221,23 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no hidden state": {"hidden_state": False},
         "no token gate": {"token_gate": False},
     },
+    "bitfit": {"compact": {"biases": "query_and_feed_forward_in"}},
     "cartridge": {"short": {"num_virtual_tokens": 2}, "all trained": {"freeze_first": False}},
     "hierarchical_blocking": {"short": {"num_virtual_tokens": 3}, "uniform": {"blocks": 3, "blocked_layers": 1.0}},
+    "ia3": {"attention": {"feed_forward": False}},
     "inducer": {
         "narrow": {"value_width": 2},
         "before the projection": {"value_extension": False, "key_width": 0},
         "share": {"value_extension": False, "gating_ablation": True},
     },
     "llama_adapter": {"short": {"num_virtual_tokens": 2}, "top, raw": {"top_layers": 1, "gate": "raw"}},
+    "lora": {
+        "narrow": {"rank": 2, "projections": ["key", "feed_forward_out"]},
+        "everywhere": {
+            "projections": ["query", "key", "value", "attention_out", "feed_forward_in", "feed_forward_out"],
+        },
+    },
+    "mam": {"short": {"prefix_tuning": {**_SLOTS, "num_virtual_tokens": 2}}},
     "ntk_attention": {"low rank": {"rank": 2}, "softplus": {"mass": "softplus"}},
     "p_tuning_v2": {"short": {"num_virtual_tokens": 2}, "dropout": {"dropout": 0.2}},
     "pip_direct": {"short": {"num_virtual_tokens": 2}, "network": {"parametrisation": "network", "hidden_width": 9}},
@@ -225,11 +245,13 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "prefix_memory": {"after the projection": {"place": "after_projection"}, "gelu": {"feature_map": "gelu"}},
     "prefix_propagation": {"short": {"num_virtual_tokens": 2}},
     "prompt_tuning": {"short": {"num_virtual_tokens": 2}, "vocabulary": {"initial": "vocabulary"}},
+    "soft_infix": {"short": {"num_virtual_tokens": 1}, "vocabulary": {"initial": "vocabulary"}},
     "sparse_prefix": {
         "short": {"num_virtual_tokens": 2, "top_k": 1},
         "top-p, blocks": {"top_k": None, "top_p": 0.6, "blocks": 2, "target_tokens": 3},
         "soft": {"top_k": None},
     },
+    "top_layers": {"one": {"num_layers": 1}, "embeddings": {"embeddings": True}},
     "infix": {"short": {"num_virtual_tokens": 2}, "network": {"parametrisation": "network", "hidden_width": 9}},
     "prefix_tuning": {
         "short": {"num_virtual_tokens": 2},
@@ -247,6 +269,7 @@ for _name in METHODS:  # one that is listed in neither is swept as it is
 NOT_ON = {
     "cartridge": (*ENCODER_ONLY, *ENCODER_DECODER),  # their tokens cannot stand behind slots
     "infix": ENCODER_ONLY,
+    "soft_infix": (*ENCODER_ONLY, *ENCODER_DECODER),  # nothing stands between source and target there
     "pip_direct": (*DECODER_ONLY, *ENCODER_ONLY, "t5"),  # a state of this T5 does not split into its heads
     "pip_indirect": (*DECODER_ONLY, *ENCODER_ONLY, "t5"),
 }
@@ -278,11 +301,17 @@ def tiny_method(base: Base, method: str = "prefix_tuning", seed: int = 1, **conf
         pytest.skip(f"{method} is not for {base.name}")
     torch.manual_seed(seed)
     found = method_class(method)
-    return found.build(base, found.Config.model_validate({**METHOD_CONFIGS[method], **config}))
+    module = found.build(base, found.Config.model_validate({**METHOD_CONFIGS[method], **config}))
+    with torch.no_grad():
+        for weight in module.weights().values():  # it would be the base's own
+            weight += 0.1 * torch.randn_like(weight)
+    return module
 
 
 def tiny_pair(base: Base, method: str = "prefix_tuning", **config: Any) -> tuple[MethodModule, MethodModule]:
-    """Two random prefixes of unlike sizes, to be mixed in a batch."""
+    """Two random prefixes of unlike sizes, to be mixed in a batch. Skips what is the same for all rows."""
+    if not method_class(method).acts_on_rows:
+        pytest.skip(f"{method} is the same for all rows")
     other = next(iter(METHOD_VARIANTS[method].values()))
     return tiny_method(base, method, **config), tiny_method(base, method, seed=2, **{**other, **config})
 

@@ -27,7 +27,7 @@ from antefix.attach import attach, attached, current_attachment
 from antefix.attention import reference
 from antefix.base import Base
 from antefix.errors import BaseModelError, PrefixError
-from antefix.methods import METHODS
+from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodModule
 from antefix.sites import find_sites
 
@@ -79,7 +79,7 @@ def shifted(batch: dict[str, Tensor], modules: Sequence[MethodModule], rows: Seq
 def test_attached_is_the_reference_at_every_site(base: Base, method: str, rows: list[int], padding: str) -> None:
     """Logits and the gradient of every slot. What acts otherwise has its equations in test_branches.py."""
     batch, modules = tiny_batch(name_of(base), padding), tiny_pair(base, method)
-    if any(m.branches() or m.encoder_rows() for m in modules):
+    if any(m.branches() or m.encoder_rows() or m.linear_parts() for m in modules):
         pytest.skip(f"{method} is more than slots")
     real = is_output(batch)
     results = []
@@ -131,7 +131,7 @@ def test_a_batch_equals_its_rows_alone_in_any_order(base: Base, method: str, pad
     others = [
         tiny_method(base, m)
         for m in METHODS
-        if m != method and m not in beside_the_text and name not in NOT_ON.get(m, ())
+        if m != method and m not in beside_the_text and name not in NOT_ON.get(m, ()) and method_class(m).acts_on_rows
     ]
     modules = [*tiny_pair(base, method), *others]
     rows = [1, -1, 0, len(modules) - 1]
@@ -159,6 +159,8 @@ def test_a_batch_equals_its_rows_alone_in_any_order(base: Base, method: str, pad
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
 def test_a_bfloat16_base_carries_a_float32_prefix(name: str, method: str) -> None:
+    if not method_class(method).acts_on_rows:
+        pytest.skip(f"{method} trains the base's own weights, in float32")
     wide, narrow = tiny_base(name), Base(tiny_model(name, torch.bfloat16), tiny_base(name).tokenizer, name)
     module, batch = tiny_method(wide, method), tiny_batch(name, "right")
     real = is_output(batch)

@@ -12,7 +12,7 @@ from conftest import METHOD_CONFIGS, NOT_ON, is_output, tell_sources, tiny_base,
 import antefix
 from antefix.attach import attached
 from antefix.base import Base
-from antefix.errors import PrefixError, RecipeError
+from antefix.errors import PrefixError, RecipeError, TrainingError
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodModule
 from antefix.prefix import BaseRecord, Card, Prefix
@@ -27,7 +27,7 @@ def union(base: Base, *members: str) -> tuple[MethodModule, Any]:
     return found.build(base, config), config
 
 
-@pytest.mark.parametrize("other", [m for m in METHODS if m not in ("prefix_tuning", "infix")])
+@pytest.mark.parametrize("other", [m for m in METHODS if m not in ("prefix_tuning", "infix", "mam")])
 @pytest.mark.parametrize("architecture", ["llama", "bart"])
 def test_every_method_goes_together_with_a_prefix(architecture: str, other: str, tmp_path: Path) -> None:
     base = tiny_base(architecture)
@@ -117,3 +117,12 @@ def test_a_kept_union_refuses_tensors_of_others() -> None:
     tensors = {**module.kept_tensors(), "apt.layers.0.self.key": torch.zeros(1)}
     with pytest.raises(PrefixError, match="tensor 'apt.layers.0.self.key' belongs to none of"):
         type(module).restore(find_sites(base.model), config, tensors)
+
+
+def test_states_of_sources_are_kept_only_where_every_member_leaves_them() -> None:
+    base = tiny_base("llama")
+    examples = [antefix.Example(source=f"name : N{n}", targets=(f"This is N{n}.",)) for n in range(4)]
+    training = antefix.TrainingRecipe(max_steps=1, pairs_per_step=2, evaluations=0, keep_source_states=True)
+    config = {m: METHOD_CONFIGS[m] for m in ("infix", "ia3")}
+    with pytest.raises(TrainingError, match="sources are read anew in every step where they see what is learned"):
+        antefix.train(base, examples, training=training, method="infix+ia3", **config)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from antefix.errors import AntefixError
     from antefix.generation import generate
     from antefix.labels import label
+    from antefix.merge import merged
     from antefix.metrics import score
     from antefix.prefix import Card, Prefix
     from antefix.training.recipe import Recipe, TrainingRecipe, load_recipe
@@ -48,6 +49,7 @@ _PUBLIC = {
     "label": "antefix.labels",
     "load_base": "antefix.base",
     "load_recipe": "antefix.training.recipe",
+    "merged": "antefix.merge",
     "read": "antefix.data",
     "score": "antefix.metrics",
     "train": "antefix.training.run",
@@ -76,6 +78,7 @@ __all__ = [
     "label",
     "load_base",
     "load_recipe",
+    "merged",
     "read",
     "score",
     "train",

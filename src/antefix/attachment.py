@@ -13,36 +13,40 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from antefix.attention.branch import Branch, Condition, Places
-from antefix.attention.hook import HookedModel, bare, is_bare
+from antefix.at_work import Made, Stack
+from antefix.attention.branch import Condition, Places
+from antefix.attention.forest import Forest
+from antefix.attention.hook import HookedModel, is_bare
 from antefix.encoder_rows import BARE, RowsAtWork
 from antefix.errors import BaseModelError, PrefixError
 from antefix.forward_call import (
-    counted_positions,
     decoder_places,
     encoder_places,
     forest_in,
     forest_places,
     num_cached,
-    padded_on_the_left,
     real_tokens,
     target_begins,
     targets_in,
     text_places,
     tokens_of,
 )
+from antefix.inserted_tokens import InsertedTokens
+from antefix.linear_stack import linear_stacks
 from antefix.methods.base import MethodModule
-from antefix.parts.key_value import KeyValue
 from antefix.parts.label_head import LabelHead
 from antefix.parts.rows import EncoderRows
 from antefix.passes import Passes
 from antefix.prefix import Prefix
-from antefix.site_stack import Made, SiteStack
+from antefix.shifted_positions import ShiftedPositions
+from antefix.site_stack import SiteStack
 from antefix.sites import Kind, find_sites
 from antefix.stacking import check_fits
+from antefix.weights_at_work import WeightsAtWork
 
 _SUBMODULE = "antefix"
 _STACK_ATTRIBUTE = "antefix_attachments"
+_WEIGHTS_FOR_ALL = "a prefix of the base's own weights is the same for all rows of a batch"
 
 
 def attachments(model: nn.Module) -> list[Attachment]:
@@ -69,11 +73,7 @@ class Attachment:
         self._rows: Tensor | None = None
         self._shared_index: int | None = 0 if len(modules) == 1 else None
         self._trainable = any(p.requires_grad for m in modules for p in m.parameters())
-        self._shifts = [m.num_virtual_tokens if m.positions == "shifted" else 0 for m in modules]
-        if any(self._shifts) and sites.positions == "none":
-            raise PrefixError(
-                "a prefix with shifted positions needs a base that takes position_ids and counts them from 0"
-            )
+        self._shifted = ShiftedPositions(self, model, sites, modules)
         self._sites = sites
         # The decoder of an encoder-decoder reads targets and nothing else.
         self._for_targets = [m.for_targets and not sites.is_encoder_decoder for m in modules]
@@ -86,9 +86,6 @@ class Attachment:
         self._past = 0  # of the cache at the pass's beginning: layers make it longer
         self._places: dict[Kind, Places] = {}
         self.passes = Passes()
-        # Learned positions end; an index beyond them is an error without a name, on a GPU a crash.
-        longest = getattr(model.config, "max_position_embeddings", None)
-        self._last_position = longest - 1 if longest and sites.positions == "absolute" else None
         self._live: list[Made] | None = None
         for module in modules:
             module.to(model.device)
@@ -97,23 +94,35 @@ class Attachment:
         for site in sites.attention:
             for of_module in made:
                 check_fits(site, of_module.slots.get(site.name))
-        self._has_branches = any(of_module.branches for of_module in made)
+        self._acts_in_passes = any(m.branches or m.linear or m.inserted for m in made)
         reads_sources = "self" in sites.kinds and not sites.is_encoder_decoder
         self._tells_targets = reads_sources and any(m.for_targets or m.needs_places for m in modules)
         self._rows_at_work = RowsAtWork(model, sites, self) if any(m.rows is not None for m in made) else None
-        self._at_site = []
-        for site in sites.attention:
-            branches = [b for m in made for b in m.branches.get(site.name, ())]
-            rows = self._rows_at_work if site.kind == "encoder_self" else None
-            if branches or rows or any(site.name in m.slots for m in made):
-                hidden = any(b.needs_hidden_states for b in branches)
-                stack = SiteStack(self, site, has_branches=bool(branches), needs_hidden_states=hidden, rows=rows)
-                self._at_site.append(stack)
+        self._stacks = self._stacked(made)
         self._hooked = HookedModel(model)
         self._undo_routing: list[tuple[Any, str]] = []
         self._handles: list[RemovableHandle] = []
         # The module whose forward pass is the outermost one running, None between passes.
         self._outermost: nn.Module | None = None
+
+    def _stacked(self, made: Sequence[Made]) -> list[Stack]:
+        """Where these prefixes act."""
+        found: list[Stack] = [self._shifted, *([] if self._rows_at_work is None else [self._rows_at_work])]
+        for site in self._sites.attention:
+            branches = [b for m in made for b in m.branches.get(site.name, ())]
+            rows = self._rows_at_work if site.kind == "encoder_self" else None
+            if branches or rows or any(site.name in m.slots for m in made):
+                hidden = any(b.needs_hidden_states for b in branches)
+                stack = SiteStack(self, site, has_branches=bool(branches), needs_hidden_states=hidden, rows=rows)
+                found.append(stack)
+        found += linear_stacks(self, self._sites, [m.linear for m in made])
+        if any(m.inserted is not None for m in made):
+            found.append(InsertedTokens(self, self._model, [m.inserted for m in made]))
+        if any(not m.acts_on_rows for m in self._modules):
+            if len(self._modules) > 1:
+                raise PrefixError(f"{_WEIGHTS_FOR_ALL}: attach it alone")
+            found.append(WeightsAtWork(self._model, self._modules[0].weights()))
+        return found
 
     @property
     def rows(self) -> Tensor | None:
@@ -134,6 +143,8 @@ class Attachment:
                 raise PrefixError(f"rows must be indices from {BARE} (none) to {last}, one a row; got {rows.tolist()}")
             if bool((rows == rows[0]).all()):
                 self._shared_index = int(rows[0])
+            if self._shared_index != 0 and not all(m.acts_on_rows for m in self._modules):
+                raise PrefixError(f"{_WEIGHTS_FOR_ALL}: leave attachment.rows alone")
         self._rows = rows
         self._forget_gathered()
 
@@ -206,6 +217,16 @@ class Attachment:
         """Whether targets alone see this attached prefix."""
         return self._for_targets[index]
 
+    @property
+    def forest(self) -> Forest | None:
+        """The packed rows of the running forward pass, if it has such."""
+        return forest_in(self._given[1])
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the running forward pass reads."""
+        return len(tokens_of(*self._given))
+
     def places(self, kind: Kind, query: Tensor) -> Places:
         """Where the running pass's queries at sites of this kind stand. Raises PrefixError where nobody said it."""
         if kind not in self._places:
@@ -225,34 +246,23 @@ class Attachment:
         assert self._real is not None
         return text_places(self._real, self._past, self._known_begins())
 
-    def slots_of(self, site: str) -> list[KeyValue | None]:
-        """The slots every attached prefix has at a site."""
-        return [made.slots.get(site) for made in self._made()]
-
-    def branches_of(self, site: str) -> list[Sequence[Branch]]:
-        """The branches every attached prefix has at a site."""
-        return [made.branches.get(site, ()) for made in self._made()]
-
     def encoder_rows(self) -> list[EncoderRows | None]:
         """What every attached prefix puts before a text in an encoder."""
-        return [made.rows for made in self._made()]
+        return [made.rows for made in self.made()]
 
-    def _made(self) -> list[Made]:
+    def made(self) -> list[Made]:
+        """What every attached prefix is in the running forward pass."""
         if self._live is None:
             self._live = self._make()
         return self._live
 
     def _make(self) -> list[Made]:
-        made = []
-        for module in self._modules:
-            with bare():
-                made.append(Made(module.slots(), module.branches(), module.encoder_rows()))
-        return made
+        return [Made.of(module) for module in self._modules]
 
     @property
     def longest_shift(self) -> int:
         """How many positions shifted prefixes take from the context at most."""
-        return max(self._shifts)
+        return self._shifted.longest
 
     def head_of(self, index: int) -> LabelHead:
         """What reads labels off the states of rows with this prefix. Raises PrefixError where it labels nothing."""
@@ -260,6 +270,10 @@ class Attachment:
         if head is None:
             raise PrefixError("a row's prefix has no head that labels: it was not trained to classify or to tag")
         return head
+
+    def num_inserted(self, index: int) -> int:
+        """How many tokens a row with this prefix has between its source and its target."""
+        return 0 if index == BARE else self._modules[index].num_inserted_tokens
 
     @property
     def condition_length(self) -> int | None:
@@ -300,31 +314,25 @@ class Attachment:
     def _install(self) -> None:
         self._undo_routing = self._hooked.route()
         modules = dict(self._model.named_modules())
-        if self._rows_at_work is not None:
-            self._rows_at_work.install()  # before the sites, which keep what a layer is given with these rows in it
-        for stack in self._at_site:
+        for stack in self._stacks:  # rows before sites, which keep what a layer is given with these rows in it
             stack.install(modules)
         if self._trainable:
             self._model.add_module(_SUBMODULE, nn.ModuleList(self._modules))
-        if self._trainable or any(self._for_targets) or self._has_branches:
+        if self._trainable or any(self._for_targets) or self._acts_in_passes:
             # Whatever is called first (the model, its encoder alone) opens a forward pass.
             for module in self._model.modules():
                 if isinstance(module, PreTrainedModel):
                     self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                     self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         self._handles.append(self._model.register_forward_pre_hook(self._check_routed))
-        if any(self._shifts) or self._sites.positions == "relative":
-            self._handles.append(self._model.register_forward_pre_hook(self._place_tokens, with_kwargs=True))
 
     def _uninstall(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         modules = dict(self._model.named_modules())
-        for stack in self._at_site:
+        for stack in self._stacks:
             stack.uninstall(modules)
-        if self._rows_at_work is not None:
-            self._rows_at_work.uninstall()
         if self._trainable:
             delattr(self._model, _SUBMODULE)
         self._hooked.restore(self._undo_routing)
@@ -334,7 +342,7 @@ class Attachment:
         self._places.clear()
 
     def _forget_gathered(self) -> None:
-        for stack in self._at_site:
+        for stack in self._stacks:
             stack.forget()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -366,30 +374,3 @@ class Attachment:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._outermost is module and not is_bare():
             self._outermost = None
-
-    def _place_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Tokens of a row with a shifted prefix stand P further on; padding on the left takes no positions.
-
-        A rotary base alone may count padding, since nothing there has a place of its own; slots have.
-        """
-        as_they_are = kwargs.get("position_ids") is not None or not padded_on_the_left(kwargs)
-        if is_bare() or (not any(self._shifts) and (as_they_are or self._shared_index == BARE)):
-            return args, kwargs
-        ids = tokens_of(args, kwargs)
-        num_rows, length = ids.shape[:2]
-        shifts = torch.tensor([*self._shifts, 0], device=ids.device)  # the last one serves index -1
-        forest = forest_in(kwargs)
-        if forest is None:
-            shift = shifts[self.rows_of(num_rows)].expand(num_rows)[:, None]
-        else:
-            shift = shifts[self.rows_of(forest.num_trees)].expand(forest.num_trees)[forest.tree_of_token]
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = counted_positions(kwargs, length, ids.device)
-        positions = positions + shift
-        if self._last_position is not None and (last := int(positions.max())) > self._last_position:
-            raise PrefixError(
-                f"a token would stand at position {last}, the base's last one is {self._last_position}: a prefix with "
-                f"shifted positions takes up to {self.longest_shift} of them; shorten the text"
-            )
-        return args, {**kwargs, "position_ids": positions}

@@ -10,7 +10,7 @@ Axes: B rows of the batch, P rows before a text, T tokens, C width of hidden sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -50,9 +50,8 @@ class RowsAtWork:
         self._is_encoder_decoder = sites.is_encoder_decoder
         self._handles: list[RemovableHandle] = []
 
-    def install(self) -> None:
-        """Go to work."""
-        modules = dict(self._model.named_modules())
+    def install(self, modules: Mapping[str, nn.Module]) -> None:
+        """Go to work. modules: the model's, by path."""
         for site in self._sites:
             hook = self._adder(site)
             self._handles.append(modules[site.layer_module].register_forward_pre_hook(hook, with_kwargs=True))
@@ -69,11 +68,14 @@ class RowsAtWork:
         index = self._attachment.shared_index
         return is_bare() or index == BARE or (index is not None and self._attachment.encoder_rows()[index] is None)
 
-    def uninstall(self) -> None:
+    def uninstall(self, modules: Mapping[str, nn.Module]) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def forget(self) -> None:
+        """Nothing is gathered here."""
 
     def seen(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """The mask of an encoder's self-attention with the rows in it: (B, 1, P + T, P + T).

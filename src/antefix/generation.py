@@ -81,8 +81,9 @@ def generate_each(
     ids = [row for row, _ in encoded]
     if num_cut := sum(cut for _, cut in encoded):
         on_cut(num_cut)
-    _check_length(base, sources, ids, decoding, is_encoder_decoder)
     rows = _spread_rows(base, len(ids))
+    ids = _with_inserted(base, ids, rows)
+    _check_length(base, sources, ids, decoding, is_encoder_decoder)
     if decoding.seed is not None:
         torch.manual_seed(decoding.seed)
     stop = text_format.stop_token_id(base.tokenizer)
@@ -169,6 +170,17 @@ def _spread_rows(base: Base, num_sources: int) -> torch.Tensor | None:
     if len(attachment.rows) != num_sources:
         raise GenerationError(f"{num_sources} sources, but attachment.rows has {len(attachment.rows)} entries")
     return attachment.rows
+
+
+def _with_inserted(base: Base, ids: list[list[int]], rows: torch.Tensor | None) -> list[list[int]]:
+    """Sources with the tokens that soft tokens stand in."""
+    attachment = current_attachment(base.model)
+    if attachment is None:
+        return ids
+    shared = attachment.shared_index
+    of_row = [0 if shared is None else shared] * len(ids) if rows is None else rows.tolist()
+    pad = base.tokenizer.pad_token_id
+    return [source + [pad] * attachment.num_inserted(n) for source, n in zip(ids, of_row, strict=True)]
 
 
 class _rows_set:  # noqa: N801 (a context manager, named like a function)

@@ -6,59 +6,20 @@ Axes: B rows, T queries, C width of hidden states.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from antefix.attention.branch import Acting, Branch, Call, Condition, Places
+from antefix.at_work import AtWork
+from antefix.attention.branch import Acting, Call
 from antefix.attention.forest import Forest
 from antefix.attention.hook import is_bare, put_at_site
 from antefix.attention.partial import KeySet, Partial, Scores
 from antefix.encoder_rows import BARE, RowsAtWork
 from antefix.errors import PrefixError
-from antefix.parts.key_value import KeyValue
-from antefix.parts.rows import EncoderRows
-from antefix.passes import Passes
-from antefix.sites import Kind, Site
+from antefix.sites import Site
 from antefix.stacking import stacked
-
-
-class Made(NamedTuple):
-    """What a prefix is in one forward pass, by site name."""
-
-    slots: Mapping[str, KeyValue]
-    branches: Mapping[str, Sequence[Branch]]
-    rows: EncoderRows | None
-
-    def tensors(self) -> list[Tensor]:
-        """All that it is made of."""
-        of_branches = [t for branches in self.branches.values() for branch in branches for t in branch.tensors()]
-        of_rows = [] if self.rows is None else [self.rows.first_PC, *self.rows.added.values()]
-        return [*(t for pair in self.slots.values() for t in pair), *of_branches, *of_rows]
-
-
-class AtWork(Protocol):
-    """What a site must know of an attachment."""
-
-    passes: Passes
-
-    @property
-    def trainable(self) -> bool: ...
-
-    def rows_of(self, num_rows: int) -> Tensor | int: ...
-
-    def slots_of(self, site: str) -> list[KeyValue | None]: ...
-
-    def branches_of(self, site: str) -> list[Sequence[Branch]]: ...
-
-    def is_for_targets(self, index: int) -> bool: ...
-
-    def is_target(self) -> Tensor | None: ...
-
-    def places(self, kind: Kind, query: Tensor) -> Places: ...
-
-    def condition_of(self, num_rows: int) -> Condition: ...
 
 
 class SiteStack:
@@ -135,7 +96,7 @@ class SiteStack:
             return ()
         self._attachment.passes.look()
         index = self._attachment.rows_of(num_rows)
-        every = self._attachment.branches_of(self._site.name)
+        every = [made.branches.get(self._site.name, ()) for made in self._attachment.made()]
         if isinstance(index, int):
             chosen = () if index == BARE else every[index]
             return [Acting(b, None, self._memory_of(index, n)) for n, b in enumerate(chosen)]
@@ -184,7 +145,7 @@ class SiteStack:
     def _gather(self, num_rows: int) -> list[KeySet]:
         attachment = self._attachment
         index = attachment.rows_of(num_rows)
-        every = attachment.slots_of(self._site.name)
+        every = [made.slots.get(self._site.name) for made in attachment.made()]
         if isinstance(index, int):
             slots = None if index == BARE else every[index]
             if slots is None:

@@ -23,6 +23,7 @@ from antefix.cli.doctor import doctor
 from antefix.cli.eval import evaluate
 from antefix.cli.generate import generate
 from antefix.cli.init import init
+from antefix.cli.merge import merge
 from antefix.cli.methods import methods
 from antefix.cli.search import search
 from antefix.cli.train import train
@@ -68,6 +69,7 @@ app.command("train")(train)
 app.command("search")(search)
 app.command("generate")(generate)
 app.command("eval")(evaluate)
+app.command("merge")(merge)
 app.add_typer(base_app, name="base")
 app.add_typer(bank_app, name="bank")
 app.add_typer(bench_app, name="bench")

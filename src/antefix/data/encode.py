@@ -61,6 +61,8 @@ class Limits:
     """Tokens the base has positions for, slots with shifted positions taken off; None: no limit known."""
     condition: int | None = None
     """The most tokens of a second text, which every example must have; None: none is read."""
+    inserted: int = 0
+    """Padding tokens that end every source, for soft tokens to stand in."""
     target: int | None = None
     """Cut longer targets to this many tokens, the end token with them; None: one that does not fit is an error."""
 
@@ -88,6 +90,7 @@ def encode(
             raise DataError(f"{where_of(example)}: {error}") from error
         if not source:
             raise DataError(f"{where_of(example)}: the source has no tokens: give it a separator (data.text.separator)")
+        source = [*source, *[tokenizer.pad_token_id] * limits.inserted]
         targets = []
         for text in example.targets:
             target = text_format.encode_target(tokenizer, text)

@@ -11,12 +11,18 @@ if TYPE_CHECKING:
     from antefix.methods.base import MethodModule
 
 METHODS: dict[str, str] = {
+    "adapter": "antefix.methods.adapter:Adapter",
     "apt": "antefix.methods.apt:Apt",
+    "bitfit": "antefix.methods.bitfit:BitFit",
     "cartridge": "antefix.methods.cartridge:Cartridge",
+    "full": "antefix.methods.full:Full",
     "hierarchical_blocking": "antefix.methods.hierarchical_blocking:HierarchicalBlocking",
+    "ia3": "antefix.methods.ia3:IA3",
     "inducer": "antefix.methods.inducer:Inducer",
     "infix": "antefix.methods.infix:Infix",
     "llama_adapter": "antefix.methods.llama_adapter:LlamaAdapter",
+    "lora": "antefix.methods.lora:Lora",
+    "mam": "antefix.methods.mam:Mam",
     "ntk_attention": "antefix.methods.ntk_attention:NtkAttention",
     "p_tuning_v2": "antefix.methods.p_tuning_v2:PTuningV2",
     "pip_direct": "antefix.methods.pip_direct:PipDirect",
@@ -25,7 +31,9 @@ METHODS: dict[str, str] = {
     "prefix_propagation": "antefix.methods.prefix_propagation:PrefixPropagation",
     "prefix_tuning": "antefix.methods.prefix_tuning:PrefixTuning",
     "prompt_tuning": "antefix.methods.prompt_tuning:PromptTuning",
+    "soft_infix": "antefix.methods.soft_infix:SoftInfix",
     "sparse_prefix": "antefix.methods.sparse_prefix:SparsePrefix",
+    "top_layers": "antefix.methods.top_layers:TopLayers",
 }
 
 

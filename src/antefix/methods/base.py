@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from antefix.attention.branch import Branch, Condition
 from antefix.base import Base
 from antefix.parts.initial import Positions
+from antefix.parts.inserted import Inserted
 from antefix.parts.key_value import KeyValue
 from antefix.parts.label_head import LabelHead
+from antefix.parts.linear import LinearPart
 from antefix.parts.rows import EncoderRows
 from antefix.sites import Sites
 
@@ -44,6 +46,8 @@ class MethodModule(nn.Module):
     """The learned pieces that it is made of, for the same tables."""
     reads_second_text: ClassVar[bool] = False
     """Whether examples need a second text, at least while it is trained."""
+    acts_on_rows: ClassVar[bool] = True
+    """Whether rows of a batch can differ in it; not where it stands in the place of the base's weights."""
     folds_to_key_value: ClassVar[bool] = False
     """Whether what is kept is plain keys and values, whatever it was trained as."""
 
@@ -91,6 +95,11 @@ class MethodModule(nn.Module):
         return False
 
     @property
+    def leaves_sources(self) -> bool:
+        """Whether all of it is for targets, so that a source's states can be kept from epoch to epoch."""
+        return self.for_targets
+
+    @property
     def needs_places(self) -> bool:
         """Whether it must know where every token stands in its text."""
         return False
@@ -111,6 +120,26 @@ class MethodModule(nn.Module):
     def slots(self) -> Mapping[str, KeyValue]:
         """The key/value slots by site name, differentiable with respect to the parameters."""
         return {}
+
+    def linear_parts(self) -> Mapping[str, LinearPart]:
+        """What it has at linear layers, by their path, differentiable likewise."""
+        return {}
+
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """What stands in the place of the base's own weights, by their path: the baselines' way.
+
+        Rows of a batch cannot differ in them.
+        """
+        return {}
+
+    @property
+    def num_inserted_tokens(self) -> int:
+        """How many tokens it has fed between a source and its target."""
+        return 0
+
+    def inserted(self) -> Inserted | None:
+        """What those tokens are, differentiable likewise; None: there are none."""
+        return None
 
     def encoder_rows(self) -> EncoderRows | None:
         """What stands before a text in an encoder, differentiable likewise; None: nothing."""

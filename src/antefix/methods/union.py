@@ -20,7 +20,9 @@ from antefix.errors import PrefixError, RecipeError
 from antefix.methods import UNION, method_class
 from antefix.methods.base import MethodConfig, MethodModule
 from antefix.parts.initial import Positions
+from antefix.parts.inserted import Inserted
 from antefix.parts.key_value import KeyValue
+from antefix.parts.linear import LinearPart, together
 from antefix.parts.rows import EncoderRows
 from antefix.sites import Sites
 
@@ -48,6 +50,8 @@ class Union(MethodModule):
             raise PrefixError(f"{UNION.join(self.members)}: several of these want to stand before the text; take one")
         if len({m.for_targets for m in self._modules_in_order if m.slots()}) > 1:
             raise PrefixError(f"{UNION.join(self.members)}: slots for targets alone and others do not go together")
+        if sum(m.num_inserted_tokens > 0 for m in self._modules_in_order) > 1:
+            raise PrefixError(f"{UNION.join(self.members)}: several of these stand behind the source; take one")
         if sum(m.encoder_rows() is not None for m in self._modules_in_order) > 1:
             raise PrefixError(f"{UNION.join(self.members)}: several of these put rows before the text; take one")
 
@@ -84,6 +88,10 @@ class Union(MethodModule):
     @property
     def for_targets(self) -> bool:
         return any(m.for_targets for m in self._modules_in_order)
+
+    @property
+    def leaves_sources(self) -> bool:
+        return all(m.leaves_sources for m in self._modules_in_order)
 
     @property
     def needs_places(self) -> bool:
@@ -124,6 +132,26 @@ class Union(MethodModule):
                 at.setdefault(name, []).extend(branches)
         return {name: tuple(branches) for name, branches in at.items()}
 
+    def linear_parts(self) -> dict[str, LinearPart]:
+        at: dict[str, list[LinearPart]] = {}
+        for module in self._modules_in_order:
+            for name, part in module.linear_parts().items():
+                at.setdefault(name, []).append(part)
+        return {name: together(parts) for name, parts in at.items()}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        every = [m.weights() for m in self._modules_in_order]
+        if twice := {name for n, some in enumerate(every) for name in some if any(name in o for o in every[:n])}:
+            raise PrefixError(f"{UNION.join(self.members)}: several of these train '{min(twice)}'; take one")
+        return {name: weight for some in every for name, weight in some.items()}
+
+    @property
+    def num_inserted_tokens(self) -> int:
+        return max(m.num_inserted_tokens for m in self._modules_in_order)
+
+    def inserted(self) -> Inserted | None:
+        return next((made for m in self._modules_in_order if (made := m.inserted()) is not None), None)
+
     def encoder_rows(self) -> EncoderRows | None:
         return next((rows for m in self._modules_in_order if (rows := m.encoder_rows()) is not None), None)
 
@@ -157,6 +185,7 @@ def union_of(members: tuple[str, ...]) -> type[Union]:
             "summary": " and ".join(found.summary for found in classes.values()),
             "paper": ", ".join(dict.fromkeys(found.paper for found in classes.values())),
             "parts": tuple(dict.fromkeys(part for found in classes.values() for part in found.parts)),
+            "acts_on_rows": all(found.acts_on_rows for found in classes.values()),
             "reads_second_text": any(found.reads_second_text for found in classes.values()),
         },
     )

@@ -86,7 +86,7 @@ def feed_of(
     feed = Feed(model, data, form, recipe.tokens_per_batch, attachment.condition_length, module.head)
     if not recipe.keep_source_states:
         return feed
-    if not module.for_targets:
+    if not module.leaves_sources:
         raise TrainingError(
             "keep_source_states: sources are read anew in every step where they see what is learned; leave it out, or "
             "take a method whose slots targets alone see (infix)"

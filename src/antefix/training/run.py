@@ -190,11 +190,18 @@ def prepare(
             f"{checked.parent} has {parent.card.positions} positions, this recipe {module.positions}: "
             f"set config.positions = '{parent.card.positions}'"
         )
+    if labelled is not None and module.num_inserted_tokens > 0:
+        raise TrainingError(f"{method} stands before what is written, and {task} writes nothing: take prefix_tuning")
     if labelled is not None:
         module.head = LabelHead(int(base.model.config.get_text_config().hidden_size), len(labelled.labels))
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
-    fits = Limits(context=context, target=max_target_tokens, condition=module.condition_length)
+    fits = Limits(
+        context=context,
+        target=max_target_tokens,
+        condition=module.condition_length,
+        inserted=module.num_inserted_tokens,
+    )
     encode_all = encode if labelled is None else labelled.encode
     for_encoder = not find_sites(base.model).is_causal
     train_set, dev_set = (
