@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from antefix.attachment import Attachment, attachments
 from antefix.attention.branch import Condition
+from antefix.errors import GenerationError
 from antefix.methods.base import MethodModule
 from antefix.prefix import Prefix
 
@@ -76,3 +77,30 @@ def told(
         yield
     finally:
         attachment.source_lengths, attachment.condition = before
+
+
+def rows_of_sources(model: nn.Module, num_sources: int) -> Tensor | None:
+    """Which prefix each of so many sources carries, where `attachment.rows` says it of them; None: it says nothing.
+
+    Raises GenerationError where it speaks of another number of sources.
+    """
+    attachment = current_attachment(model)
+    if attachment is None or attachment.rows is None:
+        return None
+    if len(attachment.rows) != num_sources:
+        raise GenerationError(f"{num_sources} sources, but attachment.rows has {len(attachment.rows)} entries")
+    return attachment.rows
+
+
+@contextmanager
+def rows_of_batch(model: nn.Module, rows: Tensor | None, batch: Sequence[int]) -> Iterator[None]:
+    """For the length of a block `attachment.rows` speaks of these sources alone."""
+    attachment = current_attachment(model)
+    if attachment is None or rows is None:
+        yield
+        return
+    attachment.rows = rows[list(batch)]
+    try:
+        yield
+    finally:
+        attachment.rows = rows

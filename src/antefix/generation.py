@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from antefix.attach import current_attachment, told
+from antefix.attach import current_attachment, rows_of_batch, rows_of_sources, told
 from antefix.attention.branch import Condition
 from antefix.base import Base
 from antefix.condition import read_condition
@@ -81,7 +81,7 @@ def generate_each(
     ids = [row for row, _ in encoded]
     if num_cut := sum(cut for _, cut in encoded):
         on_cut(num_cut)
-    rows = _spread_rows(base, len(ids))
+    rows = rows_of_sources(base.model, len(ids))
     ids = _with_inserted(base, ids, rows)
     _check_length(base, sources, ids, decoding, is_encoder_decoder)
     if decoding.seed is not None:
@@ -95,7 +95,7 @@ def generate_each(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        with _rows_set(base, rows, batch):
+        with rows_of_batch(base.model, rows, batch):
             condition = _condition(base, [sources[i] for i in batch])
             new_ids = _generate_batch(base, [ids[i] for i in batch], condition, arguments)
         for index, row in zip(batch, new_ids, strict=True):
@@ -162,16 +162,6 @@ def _check_length(
             )
 
 
-def _spread_rows(base: Base, num_sources: int) -> torch.Tensor | None:
-    """`attachment.rows`, where set, speaks of the sources; every batch gets its own share."""
-    attachment = current_attachment(base.model)
-    if attachment is None or attachment.rows is None:
-        return None
-    if len(attachment.rows) != num_sources:
-        raise GenerationError(f"{num_sources} sources, but attachment.rows has {len(attachment.rows)} entries")
-    return attachment.rows
-
-
 def _with_inserted(base: Base, ids: list[list[int]], rows: torch.Tensor | None) -> list[list[int]]:
     """Sources with the tokens that soft tokens stand in."""
     attachment = current_attachment(base.model)
@@ -181,20 +171,6 @@ def _with_inserted(base: Base, ids: list[list[int]], rows: torch.Tensor | None) 
     of_row = [0 if shared is None else shared] * len(ids) if rows is None else rows.tolist()
     pad = base.tokenizer.pad_token_id
     return [source + [pad] * attachment.num_inserted(n) for source, n in zip(ids, of_row, strict=True)]
-
-
-class _rows_set:  # noqa: N801 (a context manager, named like a function)
-    def __init__(self, base: Base, rows: torch.Tensor | None, batch: list[int]) -> None:
-        self._attachment = current_attachment(base.model)
-        self._rows, self._batch = rows, batch
-
-    def __enter__(self) -> None:
-        if self._attachment is not None and self._rows is not None:
-            self._attachment.rows = self._rows[self._batch]
-
-    def __exit__(self, *exc: object) -> None:
-        if self._attachment is not None and self._rows is not None:
-            self._attachment.rows = self._rows
 
 
 def _condition(base: Base, sources: Sequence[Example | Source]) -> Condition | None:

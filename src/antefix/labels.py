@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from antefix.attach import current_attachment, told
+from antefix.attach import current_attachment, rows_of_batch, rows_of_sources, told
 from antefix.base import Base
 from antefix.data.example import Example, Source
 from antefix.data.linearise import TextFormat
@@ -56,33 +57,27 @@ def label_each(
     text_format = text_format or _format_of(attachment.prefixes[0])
     plain = [s.source if isinstance(s, Example) else s for s in sources]
     encoded = [_encoded(base, tasks[0], text_format, source) for source in plain]
-    rows = attachment.rows
-    if rows is not None and len(rows) != len(plain):
-        raise GenerationError(f"{len(plain)} sources, but attachment.rows has {len(rows)} entries")
+    rows = rows_of_sources(base.model, len(plain))
     order = sorted(range(len(plain)), key=lambda n: -len(encoded[n][0]))
-    try:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            if rows is not None:
-                attachment.rows = rows[batch]
-            ids = [encoded[n][0] for n in batch]
-            width = max(map(len, ids))
-            pad = base.tokenizer.pad_token_id
-            inputs = {
-                "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=base.model.device),
-                "attention_mask": torch.tensor(
-                    [[1] * len(row) + [0] * (width - len(row)) for row in ids], device=base.model.device
-                ),
-            }
-            lengths = torch.tensor([len(row) for row in ids])
-            with told(base.model, source_lengths=lengths):
-                states = last_hidden_states(base.model, inputs)
-            for place, n in enumerate(batch):
-                index = 0 if rows is None else int(rows[n])
-                scores = attachment.head_of(index)(states[place, encoded[n][1]])
-                yield n, tasks[index].text_of(scores.argmax(-1).tolist())
-    finally:
-        attachment.rows = rows
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        with rows_of_batch(base.model, rows, batch):
+            states = _states(base, [encoded[n][0] for n in batch])
+        for place, n in enumerate(batch):
+            index = 0 if rows is None else int(rows[n])
+            scores = attachment.head_of(index)(states[place, encoded[n][1]])
+            yield n, tasks[index].text_of(scores.argmax(-1).tolist())
+
+
+def _states(base: Base, ids: Sequence[list[int]]) -> Tensor:
+    """Last hidden states of texts, padded on the right: (B, T, C)."""
+    width, pad, device = max(map(len, ids)), base.tokenizer.pad_token_id, base.model.device
+    inputs = {
+        "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device),
+    }
+    with told(base.model, source_lengths=torch.tensor([len(row) for row in ids])):
+        return last_hidden_states(base.model, inputs)
 
 
 def _encoded(base: Base, task: LabelTask, text_format: TextFormat, source: Source) -> tuple[list[int], list[int]]:

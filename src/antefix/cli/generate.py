@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from antefix.data.linearise import TextFormat
     from antefix.decoding import Decoding
     from antefix.prefix import Prefix
+
+    Each = Callable[[Sequence[Example]], Iterator[tuple[int, str]]]
+    """Texts or labels of sources, as they are done."""
 
 
 def generate(
@@ -69,6 +74,8 @@ def generate(
     from antefix.attach import attached
     from antefix.base import load_base
     from antefix.decoding import Decoding
+    from antefix.generation import generate_each
+    from antefix.labels import label_each
     from antefix.prefix import Prefix
     from antefix.settings import override, validated
 
@@ -83,11 +90,20 @@ def generate(
     loaded = load_base(name or "", dtype=cast("Dtype", dtype), device=device, revision=revision)
     with nullcontext() if kept is None else attached(loaded.model, kept):
         if kept is not None and kept.card.task is not None:
-            _label(loaded, kept, examples, text_format, batch_size, output, overwrite, as_json)
+            each = partial(label_each, loaded, text_format=text_format, batch_size=batch_size)
+            if output is None:
+                _print_labels(each, examples, as_json)
+                return
         elif input_file is None:
             _print_one(loaded, examples, text_format, chosen, as_json)
+            return
         else:
-            _write_many(loaded, kept, examples, text_format, chosen, batch_size, output, overwrite, as_json)
+            each = partial(
+                generate_each, loaded, text_format=text_format, decoding=chosen, batch_size=batch_size, on_cut=_say_cut
+            )
+        decides = [loaded.fingerprint, text_format.model_dump_json(), chosen.model_dump_json()]
+        decides += [repr([e.source for e in examples]), "" if kept is None else kept.card.model_dump_json()]
+        _write_many(each, examples, decides, output, overwrite, as_json)
 
 
 def _sources(
@@ -126,30 +142,13 @@ def _say_cut(num_cut: int) -> None:
     )
 
 
-def _label(
-    base: Base, kept: Prefix, examples: list[Example], text_format: TextFormat, batch_size: int, output: Path | None,
-    overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """A prefix that labels: one source's labels are printed, those of a file go to the output file."""
-    from antefix.generated_file import GeneratedFile
-    from antefix.labels import label
-
-    labels = label(base, examples, text_format=text_format, batch_size=batch_size)
-    if output is None:
-        if as_json:
-            print_json({"labels": labels})
-        else:
-            typer.echo("\n".join(labels))
-        return
-    task = [base.fingerprint, kept.card.model_dump_json(), repr([e.source for e in examples])]
-    file = GeneratedFile(output, task, overwrite=overwrite)
-    for index, text in enumerate(labels):
-        file.add(index, text)
-    file.finish([e.where for e in examples])
+def _print_labels(each: Each, examples: list[Example], as_json: bool) -> None:
+    found = dict(each(examples))
+    labels = [found[n] for n in range(len(examples))]
     if as_json:
-        print_json({"output": str(output), "texts": len(examples)})
+        print_json({"labels": labels})
     else:
-        typer.echo(f"{len(examples)} labelled texts in {output}")
+        typer.echo("\n".join(labels))
 
 
 def _print_one(base: Base, examples: list[Example], text_format: TextFormat, decoding: Decoding, as_json: bool) -> None:
@@ -174,43 +173,23 @@ def _print_one(base: Base, examples: list[Example], text_format: TextFormat, dec
 
 
 def _write_many(
-    base: Base, kept: Prefix | None, examples: list[Example], text_format: TextFormat, decoding: Decoding,
-    batch_size: int, output: Path | None, overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    each: Each, examples: list[Example], decides: list[str], output: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    """Texts or labels into a file, going on where an interrupted command stopped. decides: what they depend on."""
     from antefix.cli.progress import LiveLine, clock
     from antefix.generated_file import GeneratedFile
-    from antefix.generation import generate_each
     from antefix.pace import Pace
 
     if output is None:
         raise GenerationError("say where the texts go: --output texts.jsonl (or .txt, one text a line)")
-    task = [
-        base.fingerprint,
-        text_format.model_dump_json(),
-        decoding.model_dump_json(),
-        repr([e.source for e in examples]),
-    ]
-    task.append("" if kept is None else kept.card.model_dump_json())
-    file = GeneratedFile(output, task, overwrite=overwrite)
+    file = GeneratedFile(output, decides, overwrite=overwrite)
     left = [n for n in range(len(examples)) if n not in file.texts]
     out = console()
     if file.texts:
         out.print(f"going on: {len(file.texts)} of {len(examples)} texts are there", highlight=False)
     pace = Pace(len(left))
     with LiveLine(out, len(examples), "text") as line:
-        each = (
-            generate_each(
-                base,
-                [examples[n] for n in left],
-                text_format=text_format,
-                decoding=decoding,
-                batch_size=batch_size,
-                on_cut=_say_cut,
-            )
-            if left
-            else ()
-        )
-        for index, written in each:
+        for index, written in each([examples[n] for n in left]) if left else ():
             file.add(left[index], written)
             pace.one_done()
             line.show(len(file.texts), f"{pace.per_second:.1f}/s  {clock(pace.seconds_left)} left")
