@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from antefix.base import Base
 from antefix.errors import PrefixError
-from antefix.methods.base import MethodConfig, MethodModule
+from antefix.methods.at_linear import AtLinear, Layer
+from antefix.methods.base import MethodConfig
 from antefix.parts.linear import LinearPart, Network, Reads
-from antefix.parts.site_tensors import Shapes, SiteTensors, checked
-from antefix.sites import KINDS, Kind, LinearSite, Sites, find_sites
+from antefix.parts.site_tensors import Shapes
+from antefix.sites import KINDS, Kind, NormSite, Sites
 
 
 class AdapterConfig(MethodConfig):
@@ -47,7 +47,7 @@ class AdapterConfig(MethodConfig):
     """Standard deviation of W_u's first values; 0: the base exactly."""
 
 
-class Adapter(MethodModule):
+class Adapter(AtLinear[Layer]):
     """A network a layer."""
 
     Config = AdapterConfig
@@ -55,79 +55,40 @@ class Adapter(MethodModule):
     paper = "arXiv 1902.00751, 2005.00247, 2110.04366"
     parts = ("networks of states",)
 
-    def __init__(self, config: Any, shapes: Mapping[str, Shapes], tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.config = config
-        self._layers = list(shapes)
-        self._tensors = SiteTensors(tensors)
-
     @classmethod
     def default_learning_rate(cls, config: Any) -> float:
         """3e-3, as T-Few trains adapters."""
         return 3e-3
 
     @classmethod
-    def build(cls, base: Base, config: Any) -> Self:
-        shapes = _shapes(find_sites(base.model), config)
-        tensors = {f"{n}.{p}": _initial(p, s, config) for n, of_layer in shapes.items() for p, s in of_layer.items()}
-        return cls(config, shapes, tensors)
+    def chosen_sites(cls, sites: Sites, config: Any) -> Sequence[Layer]:
+        """Raises PrefixError where the base has no layers of the kinds."""
+        roles = ("attention_out", "feed_forward_out") if config.form == "houlsby" else ("feed_forward_out",)
+        behind = [s for s in sites.layers.linear if s.role in roles and s.kind in config.sites]
+        if not behind:
+            raise PrefixError(f"the base has no layers of kind {', '.join(config.sites)} to stand behind")
+        return [*behind, *(n for n in sites.layers.norms if config.train_norms and n.in_block)]
 
     @classmethod
-    def restore(cls, sites: Sites, config: Any, tensors: Mapping[str, Tensor]) -> Self:
-        shapes = _shapes(sites, config)
-        flat = {f"{n}.{p}": shape for n, of_layer in shapes.items() for p, shape in of_layer.items()}
-        return cls(config, shapes, checked(tensors, flat)).requires_grad_(False).eval()
+    def shapes(cls, site: Layer, config: Any) -> Shapes:
+        if isinstance(site, NormSite):
+            return {"norm_scale": (site.width,)} | ({"norm_bias": (site.width,)} if site.has_bias else {})
+        width = site.width_out  # of the residual stream, which feed-forward layers take too
+        return {"down": (config.width, width), "down_bias": (config.width,), "up": (width, config.width),
+                "up_bias": (width,)}  # fmt: skip
 
-    def linear_parts(self) -> dict[str, LinearPart]:
-        return {name: self._part(self._tensors.at(name)) for name in self._layers}
+    @classmethod
+    def initial(cls, part: str, shape: tuple[int, ...], config: Any) -> Tensor:
+        if part == "down":
+            return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+        if part == "norm_scale":
+            return torch.ones(shape)
+        return torch.randn(shape) * config.initial_scale if part == "up" else torch.zeros(shape)
 
-    def _part(self, tensors: Mapping[str, Tensor]) -> LinearPart:
-        if "down" not in tensors:
+    def part(self, site: Layer, tensors: Mapping[str, Tensor]) -> LinearPart:
+        if isinstance(site, NormSite):
             return LinearPart(output_scale_O=tensors["norm_scale"], bias_O=tensors.get("norm_bias"))
         reads: Reads = "feed_forward_input" if self.config.form == "parallel" else "output"
         scale = self.config.scale
         network = Network(tensors["down"], scale * tensors["up"], tensors["down_bias"], scale * tensors["up_bias"])
         return LinearPart(networks=((reads, self.config.activation, network),))
-
-    def kept_tensors(self) -> dict[str, Tensor]:
-        return self._tensors.kept()
-
-
-def _shapes(sites: Sites, config: AdapterConfig) -> dict[str, Shapes]:
-    """Of the tensors at every layer. Raises PrefixError where the base has none of the kinds."""
-    layers = sites.layers
-    shapes: dict[str, Shapes] = {s.name: _of_network(sites, s, config) for s in _chosen(layers.linear, config)}
-    if not shapes:
-        raise PrefixError(
-            f"the base has no layers of kind {', '.join(config.sites)} that an adapter could stand behind"
-        )
-    if config.train_norms:
-        for norm in (n for n in layers.norms if n.in_block):
-            shapes[norm.name] = {"norm_scale": (norm.width,)} | ({"norm_bias": (norm.width,)} if norm.has_bias else {})
-    return shapes
-
-
-def _chosen(sites: Sequence[LinearSite], config: AdapterConfig) -> list[LinearSite]:
-    roles = ("attention_out", "feed_forward_out") if config.form == "houlsby" else ("feed_forward_out",)
-    return [s for s in sites if s.role in roles and s.kind in config.sites]
-
-
-def _of_network(sites: Sites, site: LinearSite, config: AdapterConfig) -> Shapes:
-    width_in = site.width_out
-    if config.form == "parallel":
-        first = sites.feed_forward_input_of(site.name)
-        width_in = next(s.width_in for s in sites.layers.linear if s.name == first)
-    return {
-        "down": (config.width, width_in),
-        "down_bias": (config.width,),
-        "up": (site.width_out, config.width),
-        "up_bias": (site.width_out,),
-    }
-
-
-def _initial(part: str, shape: tuple[int, ...], config: AdapterConfig) -> Tensor:
-    if part == "down":
-        return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
-    if part == "norm_scale":
-        return torch.ones(shape)
-    return torch.randn(shape) * config.initial_scale if part == "up" else torch.zeros(shape)

@@ -35,7 +35,7 @@ class IA3Config(MethodConfig):
     """Standard deviation of the first values, around 1; 0: the base exactly."""
 
 
-class IA3(AtLinear):
+class IA3(AtLinear[LinearSite]):
     """Three vectors a block, five where a block has cross-attention."""
 
     Config = IA3Config

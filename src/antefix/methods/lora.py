@@ -41,7 +41,7 @@ class LoraConfig(MethodConfig):
     """Standard deviation of B's first values; 0: the base exactly."""
 
 
-class Lora(AtLinear):
+class Lora(AtLinear[LinearSite]):
     """A pair of matrices for every chosen projection."""
 
     Config = LoraConfig

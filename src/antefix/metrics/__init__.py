@@ -23,11 +23,20 @@ METRICS: dict[str, str] = {
     "rouge_l": "antefix.metrics.rouge_l",
     "cider": "antefix.metrics.cider",
     "rouge_l_13a": "antefix.metrics.rouge_l_13a",
+    "rouge_1": "antefix.metrics.rouge_1",
+    "rouge_2": "antefix.metrics.rouge_2",
+    "rouge_l_f1": "antefix.metrics.rouge_l_f1",
+    "chrf": "antefix.metrics.chrf",
+    "ter": "antefix.metrics.ter",
+    "bleu_webnlg": "antefix.metrics.bleu_webnlg",
+    "meteor_webnlg": "antefix.metrics.meteor_webnlg",
+    "ter_webnlg": "antefix.metrics.ter_webnlg",
+    "bleu_dart": "antefix.metrics.bleu_dart",
     "accuracy": "antefix.metrics.accuracy",
     "word_accuracy": "antefix.metrics.word_accuracy",
     "span_f1": "antefix.metrics.span_f1",
 }
-"""Name -> module, imported when asked for. METEOR, ROUGE-L and CIDEr need Java, for their tokeniser."""
+"""Name -> module, imported when asked for. METEOR, `rouge_l` and CIDEr need Java, for their tokeniser."""
 E2E_METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider")
 """Those of the E2E challenge's official scorer."""
 RESAMPLES = 1000

@@ -27,7 +27,7 @@ class Comparison:
     """How a first system compares with a second one by one metric."""
 
     difference: float
-    """First minus second, on the whole set; above 0 the first is better."""
+    """First minus second, on the whole set; above 0 the first has the higher score, which is better but for TER."""
     low: float
     """Lower end of the 95 % interval of the difference (percentiles of the draws)."""
     high: float

@@ -1,0 +1,16 @@
+"""ROUGE-1 (Lin 2004), single words, as summaries are scored: see `rouge_score_package`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from antefix.metrics import accuracy, rouge_score_package
+from antefix.metrics.base import mean_from_sums
+
+VERSION = rouge_score_package.VERSION
+NEEDS_JAVA = False
+RESAMPLED = ""
+
+tokenise = accuracy.tokenise
+evaluate = partial(rouge_score_package.evaluate, "rouge1")
+from_sums = mean_from_sums

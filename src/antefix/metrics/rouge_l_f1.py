@@ -1,0 +1,19 @@
+"""ROUGE-L (Lin 2004), the longest common subsequence, as summaries are scored: see `rouge_score_package`.
+
+It is not `rouge_l`, the E2E challenge's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from antefix.metrics import accuracy, rouge_score_package
+from antefix.metrics.base import mean_from_sums
+
+VERSION = rouge_score_package.VERSION
+NEEDS_JAVA = False
+RESAMPLED = ""
+
+tokenise = accuracy.tokenise
+evaluate = partial(rouge_score_package.evaluate, "rougeL")
+from_sums = mean_from_sums
