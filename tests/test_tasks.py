@@ -17,7 +17,7 @@ from antefix.cli import app
 from antefix.data.encode import Limits
 from antefix.data.example import Words
 from antefix.data.linearise import TextFormat
-from antefix.errors import DataError, GenerationError, PrefixFileError, TrainingError
+from antefix.errors import DataError, GenerationError, PrefixError, PrefixFileError, TrainingError
 from antefix.hidden_states import last_hidden_states
 from antefix.labels import label
 from antefix.metrics import score
@@ -186,3 +186,50 @@ def test_from_a_file_to_scored_labels(tmp_path: Path, monkeypatch: pytest.Monkey
     command = ["generate", "--prefix", "bank/animals", "--input", "animals.csv", "--output", "labels.jsonl"]
     assert runner.invoke(app, command, catch_exceptions=False).exit_code == 0
     assert len(Path("labels.jsonl").read_text(encoding="utf-8").splitlines()) == len(ANIMALS)
+
+
+def with_words(name: str) -> tuple[Base, Prefix]:
+    base = tiny_base(name)
+    training = TrainingRecipe(
+        max_steps=60, pairs_per_step=12, evaluations=3, learning_rate=0.03, schedule="constant", warmup_steps=0
+    )
+    return base, antefix.train(
+        base, ANIMALS, task="classification", words={"pet": "home", "wild": "out"}, dev=ANIMALS, training=training,
+        method="p_tuning_v2", num_virtual_tokens=4, initial_scale=0.5, dropout=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_labels_can_be_words_of_the_base(name: str, tmp_path: Path) -> None:
+    """A label's score is the logit of its word behind the text, and nothing is learned for it."""
+    base, prefix = with_words(name)
+    prefix = Prefix.load(prefix.save(tmp_path / "kept"))
+    assert prefix.card.task is not None
+    ids = base.tokenizer("ho")["input_ids"][0], base.tokenizer("ou")["input_ids"][0]
+    assert prefix.card.task.word_ids == ids
+    assert not any(name.startswith("head") for name in prefix.tensors)
+    with attached(base.model, prefix), torch.no_grad():
+        found = label(base, ANIMALS)
+        text = torch.tensor([base.tokenizer("a cat")["input_ids"]])
+        logits = base.model(text).logits[0, -1, list(ids)]
+        states = last_hidden_states(base.model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
+        head = prefix.module(base.model).head
+        assert head is not None
+        torch.testing.assert_close(head(states[0, -1:])[0], logits, rtol=1e-4, atol=1e-4)
+    assert score([e.targets for e in ANIMALS], found, ["accuracy"])["accuracy"] == 1.0
+
+
+def test_words_that_cannot_stand_for_labels_are_told() -> None:
+    task = LabelTask.of("classification", ANIMALS)
+    tokenizer = tiny_base("llama").tokenizer
+    for words, message in [
+        ({"pet": "a"}, "the labels are pet, wild, words are given for pet"),
+        ({"pet": "home", "wild": "hut"}, "'hut' and 'home' begin with the same token"),
+        ({"pet": "", "wild": "hut"}, "'' has no tokens"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            task.with_words(words, tokenizer)
+    with pytest.raises(DataError, match="words for labels are for classification, not for tagging"):
+        LabelTask.of("tagging", TAGGED).with_words({}, tokenizer)
+    with pytest.raises(PrefixError, match="words for labels need a causal base with an output head"):
+        with_words("bert")

@@ -34,8 +34,8 @@ from antefix.forward_call import (
 from antefix.inserted_tokens import InsertedTokens
 from antefix.linear_stack import linear_stacks
 from antefix.methods.base import MethodModule
-from antefix.parts.label_head import LabelHead
 from antefix.parts.rows import EncoderRows
+from antefix.parts.word_head import Head
 from antefix.passes import Passes
 from antefix.prefix import Prefix
 from antefix.shifted_positions import ShiftedPositions
@@ -264,7 +264,7 @@ class Attachment:
         """How many positions shifted prefixes take from the context at most."""
         return self._shifted.longest
 
-    def head_of(self, index: int) -> LabelHead:
+    def head_of(self, index: int) -> Head:
         """What reads labels off the states of rows with this prefix. Raises PrefixError where it labels nothing."""
         head = None if index == BARE else self._modules[index].head
         if head is None:

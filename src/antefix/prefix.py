@@ -25,6 +25,7 @@ from antefix.methods import method_class
 from antefix.methods.base import MethodModule
 from antefix.parts.initial import Positions
 from antefix.parts.label_head import LabelHead
+from antefix.parts.word_head import WordHead
 from antefix.settings import validated
 from antefix.sites import find_sites
 from antefix.tasks import LabelTask
@@ -107,7 +108,9 @@ class Prefix:
         head = {name: t for name, t in self.tensors.items() if name in LabelHead.NAMES}
         module = found.restore(find_sites(model), config, {n: t for n, t in self.tensors.items() if n not in head})
         if self.card.task is not None:
-            module.head = LabelHead.restore(head, len(self.card.task.labels))
+            words = self.card.task.word_ids
+            labels = len(self.card.task.labels)
+            module.head = WordHead(model, words) if words else LabelHead.restore(head, labels)
         return module
 
     def with_scores(self, name: str, scores: dict[str, Any]) -> Prefix:

@@ -13,9 +13,9 @@ from antefix.base import Base
 from antefix.parts.initial import Positions
 from antefix.parts.inserted import Inserted
 from antefix.parts.key_value import KeyValue
-from antefix.parts.label_head import LabelHead
 from antefix.parts.linear import LinearPart
 from antefix.parts.rows import EncoderRows
+from antefix.parts.word_head import Head
 from antefix.sites import Sites
 
 
@@ -53,7 +53,7 @@ class MethodModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head: LabelHead | None = None
+        self.head: Head | None = None
         """What reads labels off hidden states, for tasks that label (see `antefix.tasks`)."""
 
     def kept(self) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ states by a small head that is trained and kept with the prefix. Knows examples 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from antefix.data.encode import Encoded, EncodedExample, Limits, where_of
 from antefix.data.example import Example, Source, Words
@@ -37,6 +37,14 @@ class LabelTask(BaseModel):
 
     name: LabelTaskName
     labels: tuple[str, ...]
+    word_ids: tuple[int, ...] = ()
+    """The token that stands for each label, where the base's own head says them; empty: a head is learned."""
+
+    @model_validator(mode="after")
+    def _a_word_for_every_label(self) -> LabelTask:
+        if self.word_ids and (len(set(self.word_ids)) != len(self.labels) or self.name != "classification"):
+            raise ValueError("word_ids: one for every label of a classification, all different")
+        return self
 
     @classmethod
     def of(cls, name: LabelTaskName, examples: Sequence[Example]) -> LabelTask:
@@ -49,6 +57,27 @@ class LabelTask(BaseModel):
         if len(labels) < 2:
             raise DataError(f"{name} needs at least two different labels, the training data has {sorted(labels)}")
         return cls(name=name, labels=tuple(sorted(labels)))
+
+    def with_words(self, words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> LabelTask:
+        """With a word of the base for every label: the first token of each, as it stands after a source.
+
+        Raises DataError where a label has no word, two begin alike, or the task labels no whole texts.
+        """
+        if self.name != "classification":
+            raise DataError(f"words for labels are for classification, not for {self.name}")
+        if words.keys() != set(self.labels):
+            raise DataError(
+                f"words for labels: the labels are {', '.join(self.labels)}, words are given for {', '.join(words)}"
+            )
+        first: dict[str, int] = {}
+        for label in self.labels:
+            ids = tokenizer(words[label], add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise DataError(f"words for labels: '{words[label]}' has no tokens")
+            if twin := next((other for other, token in first.items() if token == ids[0]), None):
+                raise DataError(f"words for labels: '{words[label]}' and '{words[twin]}' begin with the same token")
+            first[label] = ids[0]
+        return self.model_copy(update={"word_ids": tuple(first.values())})
 
     def encode(
         self,

@@ -18,7 +18,7 @@ from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, microbatches
 from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
-from antefix.parts.label_head import LabelHead
+from antefix.parts.word_head import Head
 from antefix.training.batch import Batch, encoder_decoder_batch, packed_batch, padded_batch
 from antefix.training.kept_sources import KeptSources
 from antefix.training.labelling import labelled_batch, labelled_losses
@@ -44,7 +44,7 @@ class Feed:
     tokens_per_batch: int
     condition_length: int | None = None
     """The most tokens of a second text; None: none is read."""
-    label_head: LabelHead | None = None
+    label_head: Head | None = None
     """What reads labels off hidden states; None: the base's own head writes texts."""
     kept: KeptSources | None = None
     """The sources, where they are read once and not fed."""

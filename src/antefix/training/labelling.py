@@ -15,7 +15,7 @@ from antefix.attach import told
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit
 from antefix.hidden_states import last_hidden_states
-from antefix.parts.label_head import LabelHead
+from antefix.parts.word_head import Head
 from antefix.training.batch import Batch, pad_id_of, right_padded
 
 
@@ -39,7 +39,7 @@ def labelled_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedMod
     )
 
 
-def labelled_losses(model: PreTrainedModel, head: LabelHead, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+def labelled_losses(model: PreTrainedModel, head: Head, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """The summed cross-entropy of every pair's labels, (M,), float32."""
     with told(model, source_lengths=batch.source_lengths, condition=batch.condition):
         states_BTC = last_hidden_states(model, batch.inputs)

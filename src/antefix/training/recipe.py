@@ -126,6 +126,9 @@ class Recipe(_Section):
     multiplies it natively, else float32. `int8` needs `pip install 'antefix[int8]'`."""
     task: TaskName = "text_generation"
     """What is learned: to write texts, or to label whole texts (`classification`) or their words (`tagging`)."""
+    words: dict[str, str] = Field(default_factory=dict)
+    """Of `classification` on a causal base: a word for every label (` great`, with the space before it), whose logit is
+    the label's score (a verbaliser); empty: a head is learned."""
     method: str = "prefix_tuning"
     """The method's name; several that act together are joined, `prefix_tuning+prefix_memory`."""
     config: dict[str, Any] = Field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from antefix.methods import method_class
 from antefix.methods.base import MethodConfig, MethodModule
 from antefix.metrics import load, score
 from antefix.parts.label_head import LabelHead
+from antefix.parts.word_head import Head, WordHead
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.processes import failing_together, is_main, on_processor, rejoined, shared
 from antefix.settings import validated
@@ -80,6 +81,7 @@ def train(
     *,
     method: str = "prefix_tuning",
     task: TaskName = "text_generation",
+    words: Mapping[str, str] | None = None,
     dev: Sequence[Example] | None = None,
     text_format: TextFormat | None = None,
     decoding: Decoding | None = None,
@@ -91,7 +93,8 @@ def train(
 ) -> Prefix:
     """Train a prefix on examples; further keywords are the method's choices (`num_virtual_tokens=10`).
 
-    dev: None draws a tenth of the sources. run_folder: checkpoints go there, and a run that was interrupted goes
+    words: of `classification`, a word of the base for every label, in the place of a learned head. dev: None draws a
+    tenth of the sources. run_folder: checkpoints go there, and a run that was interrupted goes
     on. Raises RecipeError for choices the method does not know, DataError, PrefixError and TrainingError.
     """
     training = training or TrainingRecipe()
@@ -99,7 +102,7 @@ def train(
         examples, dev = split_examples(examples, 0.1, training.seed)
     prepared = prepare(
         base, examples, dev, method=method, config=config, text_format=text_format, decoding=decoding,
-        training=training, data_name=data_name, task=task,
+        training=training, data_name=data_name, task=task, words=words,
     )  # fmt: skip
     return run(prepared, None if run_folder is None else Path(run_folder), watch)
 
@@ -148,7 +151,7 @@ def prepare_recipe(
     return prepare(
         base or recipe_base(recipe), train_examples, dev_examples, method=recipe.method, config=recipe.config,
         text_format=TextFormat.from_dict(text), decoding=decoding, training=recipe.training,
-        data_name=data.train, max_target_tokens=data.max_target_tokens, task=recipe.task,
+        data_name=data.train, max_target_tokens=data.max_target_tokens, task=recipe.task, words=recipe.words,
     )  # fmt: skip
 
 
@@ -165,12 +168,17 @@ def prepare(
     data_name: str = "",
     max_target_tokens: int | None = None,
     task: TaskName = "text_generation",
+    words: Mapping[str, str] | None = None,
 ) -> Prepared:
     """Build the prefix and encode the data.
 
     max_target_tokens: longer targets are cut, and counted; None: one that does not fit is an error.
     """
     labelled = None if task == "text_generation" else LabelTask.of(task, train_examples)
+    if words:
+        if labelled is None:
+            raise TrainingError("words for labels are for classification: set task = 'classification'")
+        labelled = labelled.with_words(words, base.tokenizer)
     if labelled is None:
         require_generator(base)
     elif base.model.config.is_encoder_decoder:
@@ -193,7 +201,7 @@ def prepare(
     if labelled is not None and module.num_inserted_tokens > 0:
         raise TrainingError(f"{method} stands before what is written, and {task} writes nothing: take prefix_tuning")
     if labelled is not None:
-        module.head = LabelHead(int(base.model.config.get_text_config().hidden_size), len(labelled.labels))
+        module.head = _head_of(base, labelled)
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
     fits = Limits(
@@ -228,6 +236,12 @@ def prepare(
         data_name=data_name,
         task=labelled,
     )
+
+
+def _head_of(base: Base, task: LabelTask) -> Head:
+    if task.word_ids:
+        return WordHead(base.model, task.word_ids)
+    return LabelHead(int(base.model.config.get_text_config().hidden_size), len(task.labels))
 
 
 def run(
