@@ -25,6 +25,8 @@ import antefix
 from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Base
+from antefix.batches.batch import packed_batch, padded_batch
+from antefix.batches.head import pair_losses
 from antefix.benchmarks.peers import peft_generate
 from antefix.data import sample_pairs
 from antefix.data.encode import Encoded, Limits, encode
@@ -32,8 +34,6 @@ from antefix.data.linearise import default_format
 from antefix.data.plan import Unit, all_units, microbatches, steps
 from antefix.methods import method_class
 from antefix.metrics import evaluate
-from antefix.training.batch import packed_batch, padded_batch
-from antefix.training.objectives import pair_losses
 
 NUM_SLOTS = 10
 TOKENS_PER_BATCH = 1024

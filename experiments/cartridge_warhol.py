@@ -24,14 +24,14 @@ import antefix
 from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Base
+from antefix.batches.batch import packed_batch
+from antefix.batches.head import pair_losses
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import all_units
 from antefix.methods import method_class
 from antefix.methods.cartridge import CartridgeConfig
 from antefix.self_study import Conversation, Study
-from antefix.training.batch import packed_batch
 from antefix.training.cartridge import STUDY_FILE, CartridgeRun, study_file, train_cartridge
-from antefix.training.objectives import pair_losses
 from antefix.training.recipe import TrainingRecipe
 
 from units import ROOT, Unit, announce, finish  # isort: skip

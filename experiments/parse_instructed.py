@@ -31,12 +31,12 @@ from transformers import get_linear_schedule_with_warmup
 import antefix
 from antefix.attach import attached
 from antefix.base import Base
+from antefix.batches.batch import encoder_decoder_batch
+from antefix.batches.head import pair_losses
 from antefix.data.example import Example
 from antefix.data.plan import all_units, steps
 from antefix.metrics import score
-from antefix.training.batch import encoder_decoder_batch
 from antefix.training.loop import planned_steps
-from antefix.training.objectives import pair_losses
 from antefix.training.recipe import TrainingRecipe
 
 from arms import encoded  # isort: skip

@@ -27,6 +27,7 @@ import torch
 import antefix
 from antefix.attach import attach
 from antefix.base import Base
+from antefix.batches.head import pair_losses
 from antefix.data import sample_pairs
 from antefix.data.encode import Encoded, Limits, encode
 from antefix.data.example import Example
@@ -36,7 +37,6 @@ from antefix.methods import method_class
 from antefix.methods.base import MethodModule
 from antefix.training.feed import feed_of
 from antefix.training.loop import StepReport, train_loop
-from antefix.training.objectives import pair_losses
 from antefix.training.recipe import TrainingRecipe
 
 from units import ROOT, Unit, announce, finish  # isort: skip

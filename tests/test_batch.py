@@ -13,13 +13,14 @@ from conftest import ENCODER_DECODER, VOCABULARY, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from antefix.batches.batch import encoder_decoder_batch, packed_batch, padded_batch
+from antefix.batches.head import pair_losses
 from antefix.data import Chat, Example, Message, Table
 from antefix.data.encode import Encoded, EncodedExample, Limits, encode
 from antefix.data.linearise import TextFormat
 from antefix.data.plan import Unit, all_units, microbatches, steps
 from antefix.errors import DataError
-from antefix.training.batch import encoder_decoder_batch, packed_batch, padded_batch
-from antefix.training.objectives import LossReduction, StepSize, pair_losses, reduce_losses
+from antefix.training.objectives import LossReduction, StepSize, reduce_losses
 
 NO_LIMITS = Limits(context=None)
 

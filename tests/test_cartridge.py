@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Base
+from antefix.batches.batch import packed_batch, padded_batch
+from antefix.batches.head import pair_losses
 from antefix.cli import app
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, all_units
@@ -22,9 +24,7 @@ from antefix.errors import BaseModelError, PrefixError, TrainingError
 from antefix.methods.cartridge import Cartridge, CartridgeConfig
 from antefix.prefix import Prefix
 from antefix.self_study import Conversation, Study, chat_ids, converse, top_tokens
-from antefix.training.batch import packed_batch, padded_batch
 from antefix.training.cartridge import STUDY_FILE, CartridgeRun, study_file, train_cartridge
-from antefix.training.objectives import pair_losses
 from antefix.training.recipe import TrainingRecipe
 
 TEXT = "the bear sleeps in winter and wakes in spring, hungry and slow; it eats berries and fish."

@@ -11,11 +11,11 @@ from test_packing import encoded
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from antefix.batches import head
+from antefix.batches.batch import Batch, encoder_decoder_batch, padded_batch
+from antefix.batches.head import label_logits, label_losses, losses_of_logits
 from antefix.data.plan import all_units
 from antefix.products import product
-from antefix.training import head
-from antefix.training.batch import Batch, encoder_decoder_batch, padded_batch
-from antefix.training.head import label_logits, label_losses, losses_of_logits
 
 
 def batch_for(model: PreTrainedModel) -> Batch:

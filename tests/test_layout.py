@@ -17,6 +17,8 @@ LAYERS = [
     {"benchmarks", "demo"},
     {"doctor", "interop", "training", "bank", "generated_file", "merge"},
     {"generation", "labels", "self_study"},
+    {"choices"},
+    {"batches"},
     {"attach", "condition"},
     {"attachment"},
     {"site_stack", "linear_stack", "weights_at_work", "shifted_positions", "inserted_tokens"},

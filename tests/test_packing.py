@@ -18,16 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Base
+from antefix.batches.batch import Batch, packed_batch, padded_batch
+from antefix.batches.head import label_logits, pair_losses
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit, all_units
 from antefix.methods.base import MethodModule
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.initial import Positions
-from antefix.training.batch import Batch, packed_batch, padded_batch
 from antefix.training.feed import Feed
-from antefix.training.head import label_logits
 from antefix.training.kept_sources import KeptSources
-from antefix.training.objectives import pair_losses
 
 WINDOWED = ("mistral", "gemma2", "gemma3")
 

@@ -12,12 +12,12 @@ from torch import Tensor
 import antefix
 from antefix.attach import attached
 from antefix.base import Base
+from antefix.batches.batch import packed_batch, padded_batch
+from antefix.batches.head import pair_losses
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit
 from antefix.errors import PrefixError, TrainingError
 from antefix.methods.base import MethodModule
-from antefix.training.batch import packed_batch, padded_batch
-from antefix.training.objectives import pair_losses
 
 P = METHOD_CONFIGS["soft_infix"]["num_virtual_tokens"]
 PAD = 0

@@ -21,15 +21,15 @@ from transformers.pytorch_utils import Conv1D
 
 from antefix.attach import attached
 from antefix.base import Base
+from antefix.batches.batch import encoder_decoder_batch, packed_batch
+from antefix.batches.form import batch_form
+from antefix.batches.head import pair_losses
 from antefix.data import Example, Table
 from antefix.data.plan import Unit
 from antefix.errors import DataError, RecipeError, TrainingError
 from antefix.prefix import Prefix
-from antefix.training.batch import encoder_decoder_batch, packed_batch
-from antefix.training.feed import batch_form
 from antefix.training.journal import LOG_FILE, read_log
 from antefix.training.loop import StepReport
-from antefix.training.objectives import pair_losses
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import Prepared, prepare, run, train
 

@@ -1,4 +1,7 @@
-"""Labels for texts, from prefixes that were trained to label: what `generate` is for those that write."""
+"""Labels for texts, from prefixes that were trained to label, or choices, from those that were trained to rank.
+
+What `generate` is for those that write.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from torch import Tensor
 
 from antefix.attach import current_attachment, rows_of_batch, rows_of_sources, told
 from antefix.base import Base
+from antefix.batches.batch import right_padded
+from antefix.choices import choose_each
 from antefix.data.example import Example, Source
 from antefix.data.linearise import TextFormat
 from antefix.errors import GenerationError
@@ -16,18 +21,19 @@ from antefix.hidden_states import last_hidden_states
 from antefix.methods.base import MethodModule
 from antefix.prefix import Prefix
 from antefix.sites import find_sites
-from antefix.tasks import LabelTask
+from antefix.tasks import LabelTask, RankingTask, Task
 
 
 def label(
     base: Base,
     sources: Sequence[Example | Source],
     *,
-    task: LabelTask | None = None,
+    task: Task | None = None,
     text_format: TextFormat | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """A label for every source (`classification`), or its words' tags, separated by spaces (`tagging`).
+    """A label for every source (`classification`), its words' tags, separated by spaces (`tagging`), or the choice
+    taken (`ranking`, for examples with choices).
 
     task, text_format: None takes them from the cards of what is attached. Rows may carry different prefixes. Raises
     GenerationError where something is attached that labels nothing, and for an empty list of sources.
@@ -43,7 +49,7 @@ def label_each(
     base: Base,
     sources: Sequence[Example | Source],
     *,
-    task: LabelTask | None = None,
+    task: Task | None = None,
     text_format: TextFormat | None = None,
     batch_size: int = 32,
 ) -> Iterator[tuple[int, str]]:
@@ -55,8 +61,17 @@ def label_each(
     if not sources:
         raise GenerationError("nothing to label: the list of sources is empty")
     text_format = text_format or _format_of(attachment.prefixes[0])
+    if len(ranking := [t for t in tasks if isinstance(t, RankingTask)]) == len(tasks):
+        with_choices = [s for s in sources if isinstance(s, Example) and s.choices]
+        if len(with_choices) < len(sources):
+            raise GenerationError("what is attached ranks choices: give examples that have some")
+        yield from choose_each(base, with_choices, ranking[0], text_format, batch_size)
+        return
+    labelling = [t for t in tasks if isinstance(t, LabelTask)]
+    if len(labelling) < len(tasks):
+        raise GenerationError("prefixes that label and others that rank are attached: they cannot share a batch")
     plain = [s.source if isinstance(s, Example) else s for s in sources]
-    encoded = [_encoded(base, tasks[0], text_format, source) for source in plain]
+    encoded = [_encoded(base, labelling[0], text_format, source) for source in plain]
     rows = rows_of_sources(base.model, len(plain))
     order = sorted(range(len(plain)), key=lambda n: -len(encoded[n][0]))
     for start in range(0, len(order), batch_size):
@@ -66,28 +81,24 @@ def label_each(
         for place, n in enumerate(batch):
             index = 0 if rows is None else int(rows[n])
             scores = attachment.head_of(index)(states[place, encoded[n][1]])
-            yield n, tasks[index].text_of(scores.argmax(-1).tolist())
+            yield n, labelling[index].text_of(scores.argmax(-1).tolist())
 
 
 def _states(base: Base, ids: Sequence[list[int]]) -> Tensor:
     """Last hidden states of texts, padded on the right: (B, T, C)."""
-    width, pad, device = max(map(len, ids)), base.tokenizer.pad_token_id, base.model.device
-    inputs = {
-        "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device),
-    }
+    padded, mask = (x.to(base.model.device) for x in right_padded(ids, base.tokenizer.pad_token_id))
     with told(base.model, source_lengths=torch.tensor([len(row) for row in ids])):
-        return last_hidden_states(base.model, inputs)
+        return last_hidden_states(base.model, {"input_ids": padded, "attention_mask": mask})
 
 
 def _encoded(base: Base, task: LabelTask, text_format: TextFormat, source: Source) -> tuple[list[int], list[int]]:
     return task.encode_source(source, text_format, base.tokenizer, for_encoder=not find_sites(base.model).is_causal)
 
 
-def _task_of(prefix: Prefix | MethodModule) -> LabelTask:
+def _task_of(prefix: Prefix | MethodModule) -> Task:
     task = prefix.card.task if isinstance(prefix, Prefix) else None
     if task is None:
-        raise GenerationError("to label texts, attach prefixes that were trained to classify or to tag")
+        raise GenerationError("to label texts, attach prefixes that were trained to classify, to tag or to rank")
     return task
 
 

@@ -28,7 +28,7 @@ from antefix.parts.label_head import LabelHead
 from antefix.parts.word_head import WordHead
 from antefix.settings import validated
 from antefix.sites import find_sites
-from antefix.tasks import LabelTask
+from antefix.tasks import LabelTask, Task
 from antefix.tensor_file import TENSORS_FILE, problem_of, read_tensors, sha256_of
 
 FORMAT_VERSION = 1
@@ -57,8 +57,8 @@ class Card(BaseModel):
     config: dict[str, Any]
     positions: Positions
     base: BaseRecord
-    task: LabelTask | None = None
-    """What its head says of a text, with the labels' names; None: it writes texts."""
+    task: Task | None = None
+    """What it labels, with the labels' names, or that it ranks; None: it writes texts."""
     text_format: dict[str, Any] = Field(default_factory=dict)
     """How a source becomes text: linearisation, separator, end token (see `antefix.data.TextFormat`)."""
     decoding: dict[str, Any] = Field(default_factory=dict)
@@ -107,7 +107,7 @@ class Prefix:
         config = found.Config.model_validate(self.card.config)
         head = {name: t for name, t in self.tensors.items() if name in LabelHead.NAMES}
         module = found.restore(find_sites(model), config, {n: t for n, t in self.tensors.items() if n not in head})
-        if self.card.task is not None:
+        if isinstance(self.card.task, LabelTask):
             words = self.card.task.word_ids
             labels = len(self.card.task.labels)
             module.head = WordHead(model, words) if words else LabelHead.restore(head, labels)

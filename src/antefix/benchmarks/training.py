@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Dtype
+from antefix.batches.batch import Batch, packed_batch
+from antefix.batches.head import pair_losses
 from antefix.benchmarks.machine import matrix_peak_gflops
 from antefix.benchmarks.peers import Pair
 from antefix.benchmarks.record import Curve, Record
@@ -38,9 +40,7 @@ from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, microbatches, steps
 from antefix.errors import BenchmarkError
 from antefix.methods import method_class
-from antefix.training.batch import Batch, packed_batch
 from antefix.training.loop import StepReport, train_loop
-from antefix.training.objectives import pair_losses
 from antefix.training.recipe import TrainingRecipe
 
 CHECKED: tuple[Pair, ...] = tuple((n, 0) for n in range(8))

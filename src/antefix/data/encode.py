@@ -33,6 +33,8 @@ class EncodedExample:
     """Where labels are read off, for tasks that label: places in the source. A target then is a label's number each."""
     condition: tuple[int, ...] = ()
     """Of the second text, where methods read one."""
+    right: int = -1
+    """Which of the targets is right, where these are choices; else -1."""
     num_before: int = 0
     """Tokens of the source that stand before these, read already and kept (see `antefix.training.kept_sources`)."""
 
@@ -47,10 +49,17 @@ class Encoded:
     for_encoder: bool = False
     """Whether the sources go into an encoder, and the targets alone into the decoder."""
 
+    are_choices: bool = False
+    """Whether an example's targets are choices, which belong together and count as one pair."""
+
     @property
     def num_pairs(self) -> int:
         """Source/target pairs."""
-        return sum(len(e.targets) for e in self.examples)
+        return sum(self.pairs_in(len(e.targets)) for e in self.examples)
+
+    def pairs_in(self, num_targets: int) -> int:
+        """How many pairs so many targets of one example count as."""
+        return min(num_targets, 1) if self.are_choices else num_targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,5 +118,7 @@ class Example:
     """File and line of the first row, as an error message would name it: ``menus.csv, line 3``."""
     condition: str | None = None
     """A second text, for methods that read one beside the source (a parse)."""
+    choices: tuple[str, ...] = ()
+    """Texts of which the target is one, for tasks that rank."""
     labels: dict[str, str] = field(default_factory=dict)
     """What else the row said (category, split, id): never shown to the model."""

@@ -41,9 +41,10 @@ def steps(encoded: Encoded, *, pairs_per_step: int, targets_per_row: int, seed: 
         for unit in _shuffled_units(encoded, targets_per_row, f"{seed}-{epoch}"):
             targets = unit.targets
             while targets:
-                step.append(Unit(unit.example, targets[:room]))
-                taken = len(targets[:room])
-                room, targets = room - taken, targets[taken:]
+                fitting = len(targets) if encoded.are_choices else room
+                step.append(Unit(unit.example, targets[:fitting]))
+                room -= encoded.pairs_in(len(targets[:fitting]))
+                targets = targets[fitting:]
                 if room == 0:
                     yield step
                     step, room = [], pairs_per_step
@@ -56,7 +57,7 @@ def _shuffled_units(encoded: Encoded, targets_per_row: int, seed: str) -> list[U
     for index, example in enumerate(encoded.examples):
         targets = list(range(len(example.targets)))
         order.shuffle(targets)
-        num_rows = -(-len(targets) // targets_per_row)
+        num_rows = -(-len(targets) // (len(targets) or 1 if encoded.are_choices else targets_per_row))
         edges = [len(targets) * n // num_rows for n in range(num_rows + 1)] if targets else []
         units += [Unit(index, tuple(targets[first:last])) for first, last in pairwise(edges)]
     order.shuffle(units)
@@ -84,7 +85,8 @@ def microbatches(
     as many batches each, where there are pairs enough.
     """
     rows = [part for unit in units for part in _fitting(encoded, unit, token_budget if packed else 0)]
-    while len(rows) < multiple_of and (long := [row for row in rows if len(row.targets) > 1]):
+    divisible = not encoded.are_choices
+    while divisible and len(rows) < multiple_of and (long := [row for row in rows if len(row.targets) > 1]):
         longest = rows.index(max(long, key=lambda row: _row_tokens(encoded, row)))
         rows[longest : longest + 1] = _halves(rows[longest])
     if packed and not encoded.for_encoder:
@@ -121,7 +123,7 @@ def _evenly(encoded: Encoded, rows: Sequence[Unit], token_budget: int, multiple_
 
 
 def _fitting(encoded: Encoded, unit: Unit, token_budget: int) -> list[Unit]:
-    if len(unit.targets) == 1 or _batch_tokens(encoded, [unit]) <= token_budget:
+    if len(unit.targets) == 1 or encoded.are_choices or _batch_tokens(encoded, [unit]) <= token_budget:
         return [unit]
     return [part for half in _halves(unit) for part in _fitting(encoded, half, token_budget)]
 

@@ -1,156 +1,32 @@
-"""What is learned from examples: to write texts, or to label them.
+"""What is learned from examples: to write texts, to label them, or to choose one.
 
-A text is labelled as a whole (`classification`: one label) or word by word (`tagging`). The labels are read off hidden
-states by a small head that is trained and kept with the prefix. Knows examples and tokenizers, nothing of models.
+Knows examples and tokenizers, nothing of models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Sequence
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from antefix.data.example import Example
+from antefix.tasks.label import LabelTask
+from antefix.tasks.ranking import RankingTask
 
-from antefix.data.encode import Encoded, EncodedExample, Limits, where_of
-from antefix.data.example import Example, Source, Words
-from antefix.data.linearise import TextFormat
-from antefix.errors import DataError
+__all__ = ["METRICS_OF", "LabelTask", "RankingTask", "Task", "TaskName", "task_of"]
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-TaskName = Literal["text_generation", "classification", "tagging"]
-LabelTaskName = Literal["classification", "tagging"]
+TaskName = Literal["text_generation", "classification", "tagging", "ranking"]
 METRICS_OF: dict[TaskName, tuple[str, ...]] = {
     "text_generation": ("bleu",),
     "classification": ("accuracy",),
     "tagging": ("span_f1", "word_accuracy"),
+    "ranking": ("accuracy",),
 }
 """Scores that can choose the best step, beside the dev loss."""
-LABEL_TASKS: tuple[LabelTaskName, ...] = get_args(LabelTaskName)
+Task = LabelTask | RankingTask
 
 
-class LabelTask(BaseModel):
-    """A task that labels, with the names of its labels: a label's number is its place among them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: LabelTaskName
-    labels: tuple[str, ...]
-    word_ids: tuple[int, ...] = ()
-    """The token that stands for each label, where the base's own head says them; empty: a head is learned."""
-
-    @model_validator(mode="after")
-    def _a_word_for_every_label(self) -> LabelTask:
-        if self.word_ids and (len(set(self.word_ids)) != len(self.labels) or self.name != "classification"):
-            raise ValueError("word_ids: one for every label of a classification, all different")
-        return self
-
-    @classmethod
-    def of(cls, name: LabelTaskName, examples: Sequence[Example]) -> LabelTask:
-        """With the labels that these examples have. Raises DataError where they are not the task's kind."""
-        labels: set[str] = set()
-        for example in examples:
-            if name == "tagging" and not isinstance(example.source, Words):
-                raise DataError(f"{where_of(example)}: tagging needs words with tags: a .conll file, or words and tags")
-            labels.update(label for target in example.targets for label in _labels_in(name, target))
-        if len(labels) < 2:
-            raise DataError(f"{name} needs at least two different labels, the training data has {sorted(labels)}")
-        return cls(name=name, labels=tuple(sorted(labels)))
-
-    def with_words(self, words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> LabelTask:
-        """With a word of the base for every label: the first token of each, as it stands after a source.
-
-        Raises DataError where a label has no word, two begin alike, or the task labels no whole texts.
-        """
-        if self.name != "classification":
-            raise DataError(f"words for labels are for classification, not for {self.name}")
-        if words.keys() != set(self.labels):
-            raise DataError(
-                f"words for labels: the labels are {', '.join(self.labels)}, words are given for {', '.join(words)}"
-            )
-        first: dict[str, int] = {}
-        for label in self.labels:
-            ids = tokenizer(words[label], add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise DataError(f"words for labels: '{words[label]}' has no tokens")
-            if twin := next((other for other, token in first.items() if token == ids[0]), None):
-                raise DataError(f"words for labels: '{words[label]}' and '{words[twin]}' begin with the same token")
-            first[label] = ids[0]
-        return self.model_copy(update={"word_ids": tuple(first.values())})
-
-    def encode(
-        self,
-        examples: Sequence[Example],
-        text_format: TextFormat,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: Limits,
-        *,
-        for_encoder: bool,
-    ) -> Encoded:
-        """Token ids, where labels are read off, and the labels' numbers.
-
-        A whole text's label is read off an encoder's first token and a decoder's last one; a word's off its first token
-        in an encoder, its last one in a decoder. Raises DataError naming the row for a label that the task does not
-        know, and for a text that does not fit.
-        """
-        encoded, num_cut = [], 0
-        for example in examples:
-            ids, places, cut = self._encoded(example.source, text_format, tokenizer, for_encoder, where_of(example))
-            num_cut += cut
-            if limits.context is not None and len(ids) > limits.context:
-                raise DataError(
-                    f"{where_of(example)}: {len(ids)} tokens do not fit into the base's context of {limits.context}; "
-                    "shorten it, or set data.max_source_tokens to have texts cut"
-                )
-            targets = tuple(self._numbers(target, where_of(example)) for target in example.targets)
-            if any(len(target) != len(places) for target in targets):
-                raise DataError(f"{where_of(example)}: some words make no tokens, or were cut: shorten the text")
-            encoded.append(EncodedExample(tuple(ids), targets, places=tuple(places)))
-        return Encoded(tuple(encoded), num_cut, 0)
-
-    def encode_source(
-        self, source: Source, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
-    ) -> tuple[list[int], list[int]]:
-        """Token ids of a text, and the places that its labels are read off."""
-        ids, places, _ = self._encoded(source, text_format, tokenizer, for_encoder, "a source")
-        return ids, places
-
-    def text_of(self, numbers: Sequence[int]) -> str:
-        """A prediction as examples have it: the label, or the tags separated by spaces."""
-        return " ".join(self.labels[n] for n in numbers)
-
-    def _encoded(
-        self,
-        source: Source,
-        text_format: TextFormat,
-        tokenizer: PreTrainedTokenizerBase,
-        for_encoder: bool,
-        where: str,
-    ) -> tuple[list[int], list[int], bool]:
-        if self.name == "classification":
-            try:
-                ids, cut = text_format.encode_source_cut(tokenizer, source, for_encoder=for_encoder)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-            return ids, [0 if for_encoder else len(ids) - 1], cut
-        if not isinstance(source, Words):
-            raise DataError(f"{where}: tagging needs words")
-        found = tokenizer(list(source.words), is_split_into_words=True)
-        ids, word_of = list(found["input_ids"]), found.word_ids()
-        chosen: dict[int, int] = {}
-        for place, word in enumerate(word_of):
-            if word is not None and (word not in chosen or not for_encoder):
-                chosen[word] = place
-        return ids, [chosen[word] for word in sorted(chosen)], False
-
-    def _numbers(self, target: str, where: str) -> tuple[int, ...]:
-        number_of = {label: n for n, label in enumerate(self.labels)}
-        labels = _labels_in(self.name, target)
-        if unknown := next((label for label in labels if label not in number_of), None):
-            raise DataError(f"{where}: the label '{unknown}' is not in the training data ({', '.join(self.labels)})")
-        return tuple(number_of[label] for label in labels)
-
-
-def _labels_in(name: LabelTaskName, target: str) -> list[str]:
-    return [target] if name == "classification" else target.split()
+def task_of(name: TaskName, examples: Sequence[Example], length_norm: float = 1.0) -> Task | None:
+    """The task of this name for these examples; None: to write texts. Raises DataError as the tasks do."""
+    if name == "text_generation":
+        return None
+    return RankingTask(length_norm=length_norm) if name == "ranking" else LabelTask.of(name, examples)

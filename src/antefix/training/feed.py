@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,26 +11,21 @@ from transformers import PreTrainedModel
 
 from antefix.attachment import Attachment
 from antefix.attention.forest import plant
-from antefix.attention.hook import routed
+from antefix.batches.batch import Batch
+from antefix.batches.choices import choice_scores
+from antefix.batches.form import BatchForm, batch_of
+from antefix.batches.head import label_losses, pair_losses
+from antefix.batches.labelled import labelled_losses
 from antefix.condition import read_condition
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, microbatches
 from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
 from antefix.parts.word_head import Head
-from antefix.training.batch import Batch, encoder_decoder_batch, packed_batch, padded_batch
 from antefix.training.kept_sources import KeptSources
-from antefix.training.labelling import labelled_batch, labelled_losses
-from antefix.training.objectives import pair_losses
+from antefix.training.objectives import StepSize, reduce_losses
+from antefix.training.ranking import ranking_loss
 from antefix.training.recipe import TrainingRecipe
-
-BatchForm = Literal["packed", "padded", "encoder_decoder", "labels"]
-_FORMS: dict[BatchForm, Callable[[Encoded, Sequence[Unit], PreTrainedModel], Batch]] = {
-    "packed": packed_batch,
-    "padded": padded_batch,
-    "encoder_decoder": encoder_decoder_batch,
-    "labels": labelled_batch,
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,26 @@ class Feed:
             self._fed, units, self.tokens_per_batch, packed=self.form != "padded", multiple_of=multiple_of
         )
 
+    def step_loss(self, batch: Batch, size: StepSize, recipe: TrainingRecipe) -> Tensor:
+        """What a batch adds to the loss of a step of this size."""
+        if batch.choices is not None:
+            return ranking_loss(label_losses(self.model, batch), batch.pair, batch.choices, size, recipe.ranking)
+        return reduce_losses(self.losses(batch, recipe.label_smoothing), size, recipe.loss_reduction)
+
+    def dev_loss(self, batch: Batch) -> Tensor:
+        """What a batch adds to the dev loss, before it is divided by `dev_count`."""
+        if batch.choices is None:
+            return self.losses(batch).double().sum()
+        scores_EK = choice_scores(label_losses(self.model, batch), batch.pair, batch.choices, 1.0)
+        return torch.nn.functional.cross_entropy(scores_EK.double(), batch.choices.right_E, reduction="sum")
+
+    @property
+    def dev_count(self) -> int:
+        """What the dev loss is a mean over: target tokens, labels, or examples with choices."""
+        if self.data.are_choices:
+            return self.data.num_pairs
+        return sum(len(target) for example in self.data.examples for target in example.targets)
+
     def losses(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """The summed loss of every pair, (M,), float32."""
         if self.label_head is not None:
@@ -67,7 +81,7 @@ class Feed:
 
     def batch(self, units: Sequence[Unit]) -> Batch:
         """What the model takes, on its device."""
-        batch = _to(_FORMS[self.form](self._fed, units, self.model), self.model.device)
+        batch = batch_of(self.form, self._fed, units, self.model)
         if self.condition_length is not None:
             texts = [self.data.examples[u.example].condition for u in units]
             batch = replace(batch, condition=read_condition(self.model, texts, self.condition_length))
@@ -94,53 +108,3 @@ def feed_of(
     if form != "packed":
         raise TrainingError(f"keep_source_states: this base takes no packed rows ({form}); leave it out")
     return replace(feed, kept=KeptSources(model, attachment, data, recipe.tokens_per_batch))
-
-
-def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None, *, labels: bool = False) -> BatchForm:
-    """Which form of batch the base takes; asked of the base itself, on one source of the data.
-
-    labels: whether texts are labelled, not written; their rows are padded. Raises TrainingError if packed rows were
-    asked for and the base gives other losses with them.
-    """
-    if labels:
-        return "labels"
-    if model.config.is_encoder_decoder:
-        return "encoder_decoder"
-    if packed is False:
-        return "padded"
-    unit = _probe_unit(data)
-    with torch.no_grad(), routed(model):
-        try:
-            together, apart = (
-                pair_losses(model, _to(make(data, [unit], model), model.device))
-                for make in (packed_batch, padded_batch)
-            )
-            equal = torch.allclose(together, apart, rtol=2e-2 if model.dtype != torch.float32 else 1e-4, atol=1e-4)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError):  # an attention that such a mask does not fit
-            equal = False
-    if not equal and packed:
-        raise TrainingError("packed = true, but this base's attention cannot take packed rows: leave `packed` out")
-    return "packed" if equal else "padded"
-
-
-def _probe_unit(data: Encoded) -> Unit:
-    """Two targets of one source, of the longest: a window must be at work where there is one."""
-
-    def size(n: int) -> tuple[int, int]:
-        example = data.examples[n]
-        return min(len(example.targets), 2), len(example.source) + sum(len(t) for t in example.targets[:2])
-
-    chosen = max(range(len(data.examples)), key=size)
-    return Unit(chosen, tuple(range(min(len(data.examples[chosen].targets), 2))))
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    fields = ("inputs", "positions", "row", "label", "pair", "encoder", "source_of_row", "source_lengths", "weight")
-    return replace(batch, **{name: move(getattr(batch, name)) for name in fields})

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 from antefix.attachment import Attachment
 from antefix.attention.hook import recording
 from antefix.attention.partial import KeySet, Mask
+from antefix.batches.batch import right_padded, window_of
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit
 from antefix.encoder_rows import BARE
 from antefix.errors import TrainingError
 from antefix.sites import find_sites
-from antefix.training.batch import right_padded, window_of
 
 
 class KeptSources:

@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from antefix.attach import attached
+from antefix.batches.form import BatchForm, batch_form
 from antefix.data.encode import Encoded
-from antefix.data.plan import Unit, all_units, steps
+from antefix.data.plan import all_units, steps
 from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
 from antefix.processes import (
@@ -37,8 +38,8 @@ from antefix.processes import (
     take_from_main,
 )
 from antefix.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
-from antefix.training.feed import BatchForm, Feed, batch_form, feed_of
-from antefix.training.objectives import StepSize, reduce_losses
+from antefix.training.feed import Feed, feed_of
+from antefix.training.objectives import StepSize
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.recompute import recomputing
 
@@ -137,7 +138,7 @@ def train_loop(
             if progress.stopped_early:
                 break
             rate = _set_rate(optimiser, learning_rate, progress.step, num_steps, recipe)
-            size = _step_size(train_set, units)
+            size = StepSize.of(train_set, units)
             batches = feed.parts(units, multiple_of=accelerator.num_processes)
             loss = torch.zeros((), device=accelerator.device)
             for number, part in shared(list(enumerate(batches))):
@@ -145,8 +146,7 @@ def train_loop(
                 # Every draw is a function of the seed, the step and the pass in it: a resumed run draws the same, and
                 # processes draw what one would.
                 torch.manual_seed(recipe.seed * 1_000_003 + progress.step + number * 15_485_863)
-                losses = feed.losses(batch, recipe.label_smoothing)
-                part_loss = reduce_losses(losses, size, recipe.loss_reduction)
+                part_loss = feed.step_loss(batch, size, recipe)
                 if (auxiliary := module.auxiliary_loss(batch.condition)) is not None:
                     part_loss = part_loss + auxiliary * len(part) / len(units)
                 part_loss.backward()  # type: ignore[no-untyped-call]
@@ -237,11 +237,11 @@ def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
 
 @torch.no_grad()
 def dev_loss(feed: Feed) -> float:
-    """Mean negative log-likelihood of a target token, or label, whatever the training loss was; processes share it."""
-    total, count = 0.0, sum(len(t) for e in feed.data.examples for t in e.targets)
+    """Mean negative log-likelihood of a target token, a label or a right choice; processes share it."""
+    total = 0.0
     for part in shared(feed.parts(all_units(feed.data))):
-        total += float(feed.losses(feed.batch(part)).double().sum())
-    return sum(gathered(total)) / count
+        total += float(feed.dev_loss(feed.batch(part)))
+    return sum(gathered(total)) / feed.dev_count
 
 
 def _evaluate(
@@ -288,17 +288,3 @@ def _set_rate(
     for group in optimiser.param_groups:
         group["lr"] = rate * group["scale"]
     return rate
-
-
-def _step_size(data: Encoded, units: Sequence[Unit]) -> StepSize:
-    pairs = [
-        (len(data.examples[u.example].source), len(data.examples[u.example].targets[t]))
-        for u in units
-        for t in u.targets
-    ]
-    return StepSize(
-        num_pairs=len(pairs),
-        num_target_tokens=sum(target for _, target in pairs),
-        longest_target=max(target for _, target in pairs),
-        longest_row=max(source + target - 1 for source, target in pairs),
-    )

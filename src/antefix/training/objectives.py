@@ -5,28 +5,32 @@ Only target tokens carry loss (Li & Liang 2021, equation 2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from antefix.training.batch import Batch
-from antefix.training.head import label_losses
+from antefix.data.encode import Encoded
+from antefix.data.plan import Unit
 
 LossReduction = Literal["token_mean", "example_sum", "example_sum_over_row", "example_sum_over_longest"]
 
 
-def pair_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-    """The summed negative log-likelihood of every pair's target, shape (M,), float32.
+class RankingWeights(BaseModel):
+    """What each loss of examples with choices counts; see `antefix.training.ranking`."""
 
-    label_smoothing e: (1 - e) times the label's share plus e times the mean over the vocabulary.
-    """
-    losses_N = label_losses(model, batch, label_smoothing)
-    if batch.weight is not None:
-        losses_N = losses_N * batch.weight
-    return torch.zeros(batch.num_pairs, device=losses_N.device).index_add(0, batch.pair, losses_N)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    language_model: float = Field(1.0, ge=0)
+    """Weight of the right choice's own loss."""
+    unlikelihood: float = Field(1.0, ge=0)
+    """Weight of the loss that makes tokens of wrong choices unlikely."""
+    length_normalised: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy over choices, each scored by the mean of its tokens."""
+    length_norm: float = Field(1.0, ge=0)
+    """A choice's log-likelihood is divided by its length to this power, in the loss and in ranking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,25 @@ class StepSize:
     longest_target: int
     longest_row: int
     """Source and target of one pair, padded beside each other."""
+    num_right_tokens: int = 0
+    """Where targets are choices: tokens of right ones, and of wrong ones."""
+    num_wrong_tokens: int = 0
+
+    @classmethod
+    def of(cls, data: Encoded, units: Sequence[Unit]) -> StepSize:
+        """Of all units of a step."""
+        chosen = [(data.examples[unit.example], unit) for unit in units]
+        pairs = [(len(e.source), len(e.targets[t])) for e, unit in chosen for t in unit.targets]
+        num_tokens = sum(target for _, target in pairs)
+        right = sum(len(e.targets[e.right]) for e, _ in chosen if e.right >= 0)
+        return cls(
+            num_pairs=sum(data.pairs_in(len(unit.targets)) for unit in units),
+            num_target_tokens=num_tokens,
+            longest_target=max(target for _, target in pairs),
+            longest_row=max(source + target - 1 for source, target in pairs),
+            num_right_tokens=right,
+            num_wrong_tokens=num_tokens - right,
+        )
 
 
 def reduce_losses(losses_M: Tensor, size: StepSize, reduction: LossReduction) -> Tensor:

@@ -21,7 +21,7 @@ from antefix.methods import method_class
 from antefix.methods.base import MethodConfig
 from antefix.settings import override, put, validated
 from antefix.tasks import METRICS_OF, TaskName
-from antefix.training.objectives import LossReduction
+from antefix.training.objectives import LossReduction, RankingWeights
 from antefix.training.space import SearchRecipe, Value
 
 
@@ -84,6 +84,8 @@ class TrainingRecipe(_Section):
     loss_reduction: LossReduction = "token_mean"
     """`token_mean`: mean over a step's target tokens. `example_sum`: sum over a pair's tokens, mean over pairs, the
     default of the paper's code. Its other two divide that by the tokens of the step's longest row or target."""
+    ranking: RankingWeights = RankingWeights()
+    """The losses of `ranking`, in the place of these."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """This part of a target token's probability is spread over the whole vocabulary."""
     activation_checkpointing: bool = False

@@ -30,7 +30,7 @@ from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.processes import failing_together, is_main, on_processor, rejoined, shared
 from antefix.settings import validated
 from antefix.sites import find_sites
-from antefix.tasks import LabelTask, TaskName
+from antefix.tasks import LabelTask, Task, TaskName, task_of
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import Journal
 from antefix.training.loop import Outcome, StepReport, planned_steps, train_loop
@@ -56,7 +56,7 @@ class Prepared:
     learning_rate: float
     method: str
     data_name: str
-    task: LabelTask | None
+    task: Task | None
     """None: to write texts."""
 
     @property
@@ -174,12 +174,12 @@ def prepare(
 
     max_target_tokens: longer targets are cut, and counted; None: one that does not fit is an error.
     """
-    labelled = None if task == "text_generation" else LabelTask.of(task, train_examples)
+    made = task_of(task, train_examples, training.ranking.length_norm)
     if words:
-        if labelled is None:
+        if not isinstance(made, LabelTask):
             raise TrainingError("words for labels are for classification: set task = 'classification'")
-        labelled = labelled.with_words(words, base.tokenizer)
-    if labelled is None:
+        made = made.with_words(words, base.tokenizer)
+    if not isinstance(made, LabelTask):
         require_generator(base)
     elif base.model.config.is_encoder_decoder:
         raise TrainingError(f"{task} needs an encoder or a decoder, '{base.name}' is both: take BERT or a causal model")
@@ -198,10 +198,10 @@ def prepare(
             f"{checked.parent} has {parent.card.positions} positions, this recipe {module.positions}: "
             f"set config.positions = '{parent.card.positions}'"
         )
-    if labelled is not None and module.num_inserted_tokens > 0:
+    if isinstance(made, LabelTask) and module.num_inserted_tokens > 0:
         raise TrainingError(f"{method} stands before what is written, and {task} writes nothing: take prefix_tuning")
-    if labelled is not None:
-        module.head = _head_of(base, labelled)
+    if isinstance(made, LabelTask):
+        module.head = _head_of(base, made)
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
     fits = Limits(
@@ -210,7 +210,7 @@ def prepare(
         condition=module.condition_length,
         inserted=module.num_inserted_tokens,
     )
-    encode_all = encode if labelled is None else labelled.encode
+    encode_all = encode if made is None else made.encode
     for_encoder = not find_sites(base.model).is_causal
     train_set, dev_set = (
         encode_all(e, text_format, base.tokenizer, fits, for_encoder=for_encoder)
@@ -234,7 +234,7 @@ def prepare(
         learning_rate=training.learning_rate or found.default_learning_rate(checked),
         method=method,
         data_name=data_name,
-        task=labelled,
+        task=made,
     )
 
 

@@ -1,13 +1,15 @@
 """Rows of any names: a text or a table, and one or more targets.
 
     {"source": "Say hello in French.", "target": "Bonjour."}
+    {"source": "The cup fell. So", "choices": ["it broke.", "it rained."], "target": "it broke."}
     {"table": [["name", "Fern"], ["price", "4 €"]], "targets": ["Fern costs 4 €.", "For 4 €: Fern."]}
 
     name,price,text
     Fern,4 €,Fern costs 4 €.
 
 The target is the first of `TARGET_COLUMNS` that the first row has, the source the first of `SOURCE_COLUMNS`;
-where there is no such source, all other columns form a table.
+where there is no such source, all other columns form a table. Where a row has `choices`, the target is one of them, or
+its number from 0.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ TARGET_COLUMNS = (
     "target", "targets", "ref", "reference", "references", "output", "summary", "summaries", "label", "text",
 )  # fmt: skip
 SOURCE_COLUMNS = ("source", "table", "input", "document", "article", "text")
-_NEVER_IN_A_TABLE = ("id", "idx", "split")
+CHOICES = "choices"
+_NEVER_IN_A_TABLE = ("id", "idx", "split", CHOICES)
 
 
 def examples(
@@ -51,11 +54,13 @@ def examples(
             table_columns=table_columns,
             condition_column=condition_column,
         )
-        used = {*chosen.source, chosen.target, condition_column}
+        used = {*chosen.source, chosen.target, condition_column, CHOICES}
+        choices = texts_of(row, CHOICES, where) if CHOICES in row else ()
         yield Example(
             source=_source(row, chosen, where),
-            targets=() if chosen.target is None else texts_of(row, chosen.target, where),
+            targets=_targets(row, chosen, choices, where),
             where=where,
+            choices=choices,
             condition=None if condition_column is None else text_of(row, condition_column, where),
             labels={k: str(v) for k, v in row.items() if k not in used and isinstance(v, str | int | float)},
         )
@@ -82,6 +87,21 @@ def columns(
     if not others and target is not None and target_column is None:
         return Columns((target,), None)  # a single column is a source
     return Columns(tuple(others), target, is_table=True)
+
+
+def _targets(row: Row, chosen: Columns, choices: Sequence[str], where: str) -> tuple[str, ...]:
+    """The texts, or the choice whose number stands there, from 0."""
+    if chosen.target is None:
+        return ()
+    number = row[chosen.target]
+    if choices and isinstance(number, int) and not isinstance(number, bool):
+        if not 0 <= number < len(choices):
+            raise DataError(f"{where}: '{chosen.target}' is {number}, and there are {len(choices)} choices, from 0")
+        return (choices[number],)
+    targets = texts_of(row, chosen.target, where)
+    if choices and not set(targets) <= set(choices):
+        raise DataError(f"{where}: '{chosen.target}' is none of the choices")
+    return targets
 
 
 def _source(row: Row, chosen: Columns, where: str) -> Source:

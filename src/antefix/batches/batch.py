@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,32 @@ from antefix.data.plan import Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Choices(NamedTuple):
+    """Which example every pair of a batch is a choice of, its place there, and which of them is right.
+
+    Axes: M pairs, E examples. right_E: -1 where it is not known.
+    """
+
+    example_M: Tensor
+    place_M: Tensor
+    right_E: Tensor
+
+    @classmethod
+    def of(cls, encoded: Encoded, units: Sequence[Unit]) -> Choices:
+        """Of units that hold all choices of their examples."""
+        counts = [len(unit.targets) for unit in units]
+        example = [n for n, count in enumerate(counts) for _ in range(count)]
+        place = [k for count in counts for k in range(count)]
+        known = [encoded.examples[unit.example].right for unit in units]
+        right = [-1 if n < 0 else unit.targets.index(n) for unit, n in zip(units, known, strict=True)]
+        return cls(*(torch.tensor(values) for values in (example, place, right)))
+
+    @property
+    def is_right(self) -> Tensor:
+        """Which pairs are right: (M,)."""
+        return self.place_M == self.right_E[self.example_M]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +80,8 @@ class Batch:
     """(N,) what every label's loss is multiplied by; None: 1."""
     condition: Condition | None = None
     """The second texts of the sources."""
+    choices: Choices | None = None
+    """Where targets are choices."""
 
 
 def packed_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from antefix.attach import told
+from antefix.batches.batch import Batch, pad_id_of, right_padded
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit
 from antefix.hidden_states import last_hidden_states
 from antefix.parts.word_head import Head
-from antefix.training.batch import Batch, pad_id_of, right_padded
 
 
 def labelled_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from antefix.attach import told
+from antefix.batches.batch import Batch
 from antefix.products import FrozenLinear, product, takes_onednn
-from antefix.training.batch import Batch
 
 _ROWS_AT_ONCE = 256
 _do_more: WeakSet[PreTrainedModel] = WeakSet()
@@ -49,6 +49,17 @@ def label_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 
             )
         _do_more.add(model)
     return losses_of_logits(label_logits(model, batch).float(), batch.row, batch.label, label_smoothing)
+
+
+def pair_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    """The summed negative log-likelihood of every pair's target, shape (M,), float32.
+
+    label_smoothing e: (1 - e) times the label's share plus e times the mean over the vocabulary.
+    """
+    losses_N = label_losses(model, batch, label_smoothing)
+    if batch.weight is not None:
+        losses_N = losses_N * batch.weight
+    return torch.zeros(batch.num_pairs, device=losses_N.device).index_add(0, batch.pair, losses_N)
 
 
 def losses_of_logits(logits_UV: Tensor, row_N: Tensor, label_N: Tensor, label_smoothing: float = 0.0) -> Tensor:

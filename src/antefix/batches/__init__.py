@@ -1,0 +1,1 @@
+"""From token ids to the tensors of a forward pass, and to losses; for training and for whatever else scores texts."""

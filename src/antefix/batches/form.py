@@ -1,0 +1,86 @@
+"""Which form of batch a base takes, found by asking it, and batches of that form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from antefix.attention.hook import routed
+from antefix.batches.batch import Batch, Choices, encoder_decoder_batch, packed_batch, padded_batch
+from antefix.batches.head import pair_losses
+from antefix.batches.labelled import labelled_batch
+from antefix.data.encode import Encoded
+from antefix.data.plan import Unit
+from antefix.errors import TrainingError
+
+BatchForm = Literal["packed", "padded", "encoder_decoder", "labels"]
+_FORMS: dict[BatchForm, Callable[[Encoded, Sequence[Unit], PreTrainedModel], Batch]] = {
+    "packed": packed_batch,
+    "padded": padded_batch,
+    "encoder_decoder": encoder_decoder_batch,
+    "labels": labelled_batch,
+}
+
+
+def batch_of(form: BatchForm, encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
+    """What the model takes, on its device."""
+    batch = _FORMS[form](encoded, units, model)
+    if encoded.are_choices:
+        batch = replace(batch, choices=Choices.of(encoded, units))
+    return _to(batch, model.device)
+
+
+def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None, *, labels: bool = False) -> BatchForm:
+    """Which form of batch the base takes; asked of the base itself, on one source of the data.
+
+    labels: whether texts are labelled, not written; their rows are padded. Raises TrainingError if packed rows were
+    asked for and the base gives other losses with them.
+    """
+    if labels:
+        return "labels"
+    if model.config.is_encoder_decoder:
+        return "encoder_decoder"
+    if packed is False:
+        return "padded"
+    forms: tuple[BatchForm, BatchForm] = ("packed", "padded")
+    unit = _probe_unit(data)
+    with torch.no_grad(), routed(model):
+        try:
+            together, apart = (pair_losses(model, batch_of(form, data, [unit], model)) for form in forms)
+            equal = torch.allclose(together, apart, rtol=2e-2 if model.dtype != torch.float32 else 1e-4, atol=1e-4)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError):  # an attention that such a mask does not fit
+            equal = False
+    if not equal and packed:
+        raise TrainingError("packed = true, but this base's attention cannot take packed rows: leave `packed` out")
+    return "packed" if equal else "padded"
+
+
+def _probe_unit(data: Encoded) -> Unit:
+    """Two targets of one source, of the longest: a window must be at work where there is one."""
+
+    def size(n: int) -> tuple[int, int]:
+        example = data.examples[n]
+        return min(len(example.targets), 2), len(example.source) + sum(len(t) for t in example.targets[:2])
+
+    chosen = max(range(len(data.examples)), key=size)
+    return Unit(chosen, tuple(range(min(len(data.examples[chosen].targets), 2))))
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, Choices):
+            return Choices(*map(move, value))
+        return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    fields = ("inputs", "positions", "row", "label", "pair", "choices", "encoder", "source_of_row", "source_lengths",
+              "weight")  # fmt: skip
+    return replace(batch, **{name: move(getattr(batch, name)) for name in fields})

@@ -1,0 +1,65 @@
+"""Which of its choices each example takes: what the base, with what is attached to it, makes most of.
+
+The score of a choice y of T tokens, its end token among them, is (sum_t log p(y_t | x, y_<t)) / T^length_norm: rank
+classification as T-Few has it (Liu et al. 2022, arXiv 2205.05638, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from antefix.attach import current_attachment, rows_of_batch, rows_of_sources
+from antefix.base import Base
+from antefix.batches.choices import choice_scores
+from antefix.batches.form import batch_form, batch_of
+from antefix.batches.head import label_losses
+from antefix.data.encode import Encoded, EncodedExample, Limits
+from antefix.data.example import Example
+from antefix.data.linearise import TextFormat
+from antefix.data.plan import Unit
+from antefix.tasks import RankingTask
+
+
+@torch.no_grad()
+def choose_each(
+    base: Base, examples: Sequence[Example], task: RankingTask, text_format: TextFormat, batch_size: int = 16
+) -> Iterator[tuple[int, str]]:
+    """`(index, the choice taken)` as batches are done, longest sources first. Rows may carry different prefixes.
+
+    Raises DataError for examples without choices, and GenerationError for rows of another number.
+    """
+    rows = rows_of_sources(base.model, len(examples))
+    encoded = _encoded(base, examples, task, text_format, None if rows is None else rows.tolist())
+    with rows_of_batch(base.model, rows, [0]):  # of one source: which form a base takes depends on no prefix
+        form = batch_form(base.model, encoded, None)
+    # Of rows that are padded every choice is one, and what is attached counts a batch's rows by source.
+    size = batch_size if form == "packed" or rows is None else 1
+    order = sorted(range(len(examples)), key=lambda n: -len(encoded.examples[n].source))
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        units = [Unit(n, tuple(range(len(examples[n].choices)))) for n in indices]
+        with rows_of_batch(base.model, rows, indices):
+            batch = batch_of(form, encoded, units, base.model)
+            losses_N = label_losses(base.model, batch)
+        assert batch.choices is not None
+        taken = choice_scores(losses_N, batch.pair, batch.choices, task.length_norm).argmax(dim=1)
+        for n, place in zip(indices, taken.tolist(), strict=True):
+            yield n, examples[n].choices[place]
+
+
+def _encoded(
+    base: Base, examples: Sequence[Example], task: RankingTask, text_format: TextFormat, rows: list[int] | None
+) -> Encoded:
+    """All examples, each with the tokens that its prefix has fed behind the source."""
+    attachment = current_attachment(base.model)
+    shared = None if attachment is None else attachment.shared_index
+    index = [0 if shared is None else shared] * len(examples) if rows is None else rows
+    for_encoder = bool(base.model.config.is_encoder_decoder)
+    every: list[EncodedExample] = []
+    for example, n in zip(examples, index, strict=True):
+        inserted = 0 if attachment is None else attachment.num_inserted(n)
+        limits = Limits(context=base.context_length, inserted=inserted)
+        every += task.encode([example], text_format, base.tokenizer, limits, for_encoder=for_encoder).examples
+    return Encoded(tuple(every), 0, 0, for_encoder, are_choices=True)
