@@ -79,7 +79,7 @@ def shifted(batch: dict[str, Tensor], modules: Sequence[MethodModule], rows: Seq
 def test_attached_is_the_reference_at_every_site(base: Base, method: str, rows: list[int], padding: str) -> None:
     """Logits and the gradient of every slot. What acts otherwise has its equations in test_branches.py."""
     batch, modules = tiny_batch(name_of(base), padding), tiny_pair(base, method)
-    if any(m.branches() or m.encoder_rows() or m.linear_parts() for m in modules):
+    if any(m.branches() or m.encoder_rows() or m.linear_parts() or m.inserted() for m in modules):
         pytest.skip(f"{method} is more than slots")
     real = is_output(batch)
     results = []

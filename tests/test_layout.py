@@ -30,7 +30,7 @@ LAYERS = [
     {"sites"},
     {"attention"},
     {"base"},
-    {"quantised", "tasks"},
+    {"quantised", "tasks", "accounting"},
     {"embedded", "fingerprint", "products", "data", "decoding", "metrics", "settings", "tensor_file"},
     {"atomic", "pace", "processes", "strict_json"},
     {"errors"},

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
+from antefix.accounting import flop_a_token
 from antefix.attach import attached
 from antefix.base import Base
 from antefix.cli import app
@@ -336,3 +337,24 @@ def test_peft_computes_the_same(name: str, kind: str) -> None:
                     which = layer.lora_A if part.endswith("_down") else layer.lora_B
                     which["default"].weight.copy_(tensor)
         torch.testing.assert_close(ours, theirs(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_can_start_from_kept_ones(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    first = kept(base, "ia3")
+    first.save(tmp_path / "first")
+    found = method_class("ia3")
+    config = found.Config.model_validate({"initial_prefix": str(tmp_path / "first")})
+    again = found.build(base, config)
+    assert all(torch.equal(t, first.tensors[n]) for n, t in again.kept_tensors().items())
+    assert all(p.requires_grad for p in again.parameters())
+    kept(base, "ia3", feed_forward=False).save(tmp_path / "other")
+    with pytest.raises(PrefixError, match="the prefix has no tensor"):
+        found.build(base, found.Config.model_validate({"initial_prefix": str(tmp_path / "other")}))
+
+
+@pytest.mark.parametrize(("name", "halves"), [("gpt2", 1), ("bart", 2)])
+def test_a_tokens_cost_is_t_fews_formula(name: str, halves: int) -> None:
+    model = tiny_model(name)
+    count = sum(p.numel() for p in model.parameters())
+    assert flop_a_token(model) == (2 * count // halves, 6 * count // halves)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,8 +105,11 @@ def test_a_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
     assert not all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("config", [{}, {"parametrisation": "network", "hidden_width": 9, "dropout": 0.2}])
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("config", "optimiser"),
+    [({}, "adamw"), ({"parametrisation": "network", "hidden_width": 9, "dropout": 0.2}, "adamw"), ({}, "adafactor")],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config: dict[str, object], optimiser: Any) -> None:
     def ready() -> Prepared:
         return prepare(
             tiny_base("llama"),
@@ -115,7 +119,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config: dict
             config={"num_virtual_tokens": 3, **config},
             text_format=None,
             decoding=None,
-            training=TrainingRecipe(max_steps=9, pairs_per_step=5, evaluations=3),
+            training=TrainingRecipe(max_steps=9, pairs_per_step=5, evaluations=3, optimiser=optimiser),
         )
 
     whole = run(ready(), tmp_path / "whole")

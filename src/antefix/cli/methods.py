@@ -19,6 +19,7 @@ def methods(
 
     Example: `antefix methods --base smollm2-135m`
     """
+    from antefix.accounting import flop_a_token
     from antefix.base import load_base
     from antefix.methods.listing import counted, listed
 
@@ -27,11 +28,16 @@ def methods(
         with console().status(f"loading {base}"):
             loaded = load_base(base)
         rows = [row | counted(loaded, row["name"]) for row in rows]
+        cost = flop_a_token(loaded.model)
     if as_json:
         print_json(rows)
         return
     for row in rows:
         typer.echo(_in_words(row))
+    if base is not None:
+        typer.echo(
+            f"{base}: {cost.inference / 1e9:.3g} GFLOP to read a token, {cost.training / 1e9:.3g} to train all of it on one"
+        )
 
 
 def _in_words(row: dict[str, Any]) -> str:
@@ -43,5 +49,5 @@ def _in_words(row: dict[str, Any]) -> str:
     if row.get("refusal"):
         lines.append(f"    not on this base: {row['refusal']}")
     elif "trained" in row:
-        lines.append(f"    trains {row['trained']:,} values, keeps {row['kept']:,}")
+        lines.append(f"    trains {row['trained']:,} values, keeps {row['kept']:,} ({4 * row['kept'] / 1024:,.0f} KiB)")
     return "\n".join(lines)

@@ -10,18 +10,21 @@ which is the output of the gate where there is one (facts of T5 v1.1: W_1 scaled
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from antefix.base import Base
 from antefix.errors import PrefixError
 from antefix.methods.at_linear import AtLinear
 from antefix.methods.base import MethodConfig
 from antefix.parts.linear import LinearPart
 from antefix.parts.site_tensors import Shapes
-from antefix.sites import KINDS, Kind, LinearSite, Sites
+from antefix.sites import KINDS, Kind, LinearSite, Sites, find_sites
+from antefix.tensor_file import TENSORS_FILE, read_tensors
 
 
 class IA3Config(MethodConfig):
@@ -31,8 +34,14 @@ class IA3Config(MethodConfig):
     """Whose keys, values and feed-forward layers are scaled, of what the base has: `self`, `encoder_self`, `cross`."""
     feed_forward: bool = True
     """Whether inner activations of feed-forward layers are scaled."""
+    initial_prefix: str | None = None
+    """Start from the vectors of a kept prefix of this method (its folder), in the place of ones."""
     initial_scale: float = Field(0.0, ge=0)
     """Standard deviation of the first values, around 1; 0: the base exactly."""
+
+    @property
+    def parent(self) -> str | None:
+        return self.initial_prefix
 
 
 class IA3(AtLinear[LinearSite]):
@@ -56,6 +65,15 @@ class IA3(AtLinear[LinearSite]):
         if not chosen:
             raise PrefixError(f"the base has no keys and values of kind {', '.join(config.sites)} to scale")
         return chosen
+
+    @classmethod
+    def build(cls, base: Base, config: Any) -> Self:
+        """Raises PrefixError where the prefix to start from has other tensors."""
+        module = super().build(base, config)
+        if config.initial_prefix is None:
+            return module
+        tensors = read_tensors(Path(config.initial_prefix) / TENSORS_FILE)
+        return cls.restore(find_sites(base.model), config, tensors).requires_grad_(True).train()
 
     @classmethod
     def shapes(cls, site: LinearSite, config: Any) -> Shapes:

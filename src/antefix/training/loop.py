@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.optimization import Adafactor
 
 from antefix.attach import attached
 from antefix.batches.form import BatchForm, batch_form
@@ -107,7 +109,7 @@ def train_loop(
     take_from_main(module)
     groups = [{"params": params, "scale": scale} for params, scale in module.rate_scales()]
     parameters = [p for params, _ in module.rate_scales() for p in params]
-    optimiser = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=recipe.weight_decay)
+    optimiser = _optimiser(groups, learning_rate, recipe)
     num_steps = planned_steps(train_set, recipe)
     progress, best = Progress(), module.kept()
     # Before a checkpoint is loaded and without dropout: a resumed run must come to the same answer.
@@ -201,6 +203,14 @@ def train_loop(
         progress.best_step, best = progress.step, module.kept()
     module.eval()
     return Outcome(progress, best, form)
+
+
+def _optimiser(groups: list[dict[str, Any]], learning_rate: float, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    if recipe.optimiser == "adafactor":
+        return Adafactor(  # type: ignore[no-untyped-call]
+            groups, lr=learning_rate, weight_decay=recipe.weight_decay, scale_parameter=True, relative_step=False
+        )
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=recipe.weight_decay)
 
 
 def _check_trackers(names: Sequence[str]) -> None:

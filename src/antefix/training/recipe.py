@@ -71,6 +71,8 @@ class TrainingRecipe(_Section):
     """Packed rows; None: wherever the base can (it is asked once, by comparing)."""
     tokens_per_batch: int = Field(1024, ge=1)
     """Tokens of one forward pass, padding included; a step may take several."""
+    optimiser: Literal["adamw", "adafactor"] = "adamw"
+    """`adamw`, or `adafactor` with steps scaled by a parameter's size, as T-Few trains."""
     learning_rate: float | None = Field(None, gt=0)
     """None: the default of the method's parametrisation."""
     schedule: Literal["linear", "constant"] = "linear"
@@ -78,7 +80,7 @@ class TrainingRecipe(_Section):
     warmup_steps: int | None = Field(None, ge=0)
     """None: 5 % of all steps."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decay of the learned values, a step: this times the learning rate."""
+    """Decay of the learned values, a step: this times the learning rate."""
     max_grad_norm: float = Field(1.0, gt=0)
     """A longer gradient of a step is scaled down to this norm."""
     loss_reduction: LossReduction = "token_mean"
