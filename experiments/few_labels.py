@@ -25,8 +25,9 @@ from antefix.data.example import Example
 from antefix.methods import method_class
 from antefix.metrics import score
 from antefix.tasks import METRICS_OF, LabelTaskName
+from antefix.training.prepared import prepare
 from antefix.training.recipe import TrainingRecipe
-from antefix.training.run import prepare, run
+from antefix.training.run import run
 
 from units import ROOT, Unit, announce, finish  # isort: skip
 

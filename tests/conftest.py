@@ -186,6 +186,8 @@ _SLOTS: dict[str, Any] = {"num_virtual_tokens": 5, "initial": "normal", "initial
 METHOD_CONFIGS: dict[str, dict[str, Any]] = {
     "adapter": {"width": 5, "initial_scale": 0.5},
     "apt": _SLOTS,
+    "bbt": {"num_virtual_tokens": 5, "dimensions": 7},
+    "bbt_v2": {"num_virtual_tokens": 5, "dimensions": 7},
     "bitfit": {"initial_scale": 0.5},
     "cartridge": {"num_virtual_tokens": 5, "document": str(Path(__file__))},
     "hierarchical_blocking": {**_SLOTS, "target_tokens": 3},
@@ -221,6 +223,8 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no hidden state": {"hidden_state": False},
         "no token gate": {"token_gate": False},
     },
+    "bbt": {"short": {"num_virtual_tokens": 2}, "words": {"initial": "text"}},
+    "bbt_v2": {"short": {"num_virtual_tokens": 2}},
     "bitfit": {"compact": {"biases": "query_and_feed_forward_in"}},
     "cartridge": {"short": {"num_virtual_tokens": 2}, "all trained": {"freeze_first": False}},
     "hierarchical_blocking": {"short": {"num_virtual_tokens": 3}, "uniform": {"blocks": 3, "blocked_layers": 1.0}},

@@ -18,8 +18,9 @@ from antefix.decoding import Decoding
 from antefix.errors import PrefixError, TrainingError
 from antefix.generation import generate
 from antefix.methods.infix import Infix, InfixConfig
+from antefix.training.prepared import Prepared
 from antefix.training.recompute import recomputing
-from antefix.training.run import Prepared, run
+from antefix.training.run import run
 
 SOURCE, LENGTH = 5, 9
 

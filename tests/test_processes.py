@@ -37,8 +37,9 @@ from antefix.errors import AntefixError, OtherProcessError, TrainingError
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import LOG_FILE, PLOT_FILE, read_log
 from antefix.training.loop import StepReport
+from antefix.training.prepared import Prepared, prepare
 from antefix.training.recipe import TrainingRecipe
-from antefix.training.run import Prepared, prepare, run
+from antefix.training.run import run
 
 PATIENCE_SECONDS = 120
 """For a launch, which takes a tenth of it: processes that wait for each other fail a test and do not stop it."""

@@ -22,8 +22,9 @@ from antefix.prefix import Prefix
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import LOG_FILE, PLOT_FILE, read_log
 from antefix.training.loop import StepReport
+from antefix.training.prepared import prepare_recipe
 from antefix.training.recipe import load_recipe
-from antefix.training.run import prepare_recipe, run_recipe
+from antefix.training.run import run_recipe
 
 RECIPE = """
 name = "menus"

@@ -31,8 +31,9 @@ from antefix.errors import DataError, RecipeError, TrainingError
 from antefix.prefix import Prefix
 from antefix.training.journal import LOG_FILE, read_log
 from antefix.training.loop import StepReport
+from antefix.training.prepared import Prepared, prepare
 from antefix.training.recipe import TrainingRecipe
-from antefix.training.run import Prepared, prepare, run, train
+from antefix.training.run import run, train
 
 GENERATIVE = tuple(name for name in ARCHITECTURES if name not in ("bert", "roberta"))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from antefix.attach import told
@@ -41,8 +42,27 @@ def labelled_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedMod
 
 def labelled_losses(model: PreTrainedModel, head: Head, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """The summed cross-entropy of every pair's labels, (M,), float32."""
+    scores_NK = label_scores(model, head, batch)
+    losses_N = cross_entropy(scores_NK, batch.label, reduction="none", label_smoothing=label_smoothing)
+    return of_pairs(losses_N, batch)
+
+
+def hinge_losses(model: PreTrainedModel, head: Head, batch: Batch, margin: float) -> Tensor:
+    """The summed hinge loss of every pair's labels, (M,): how far each wrong label comes within the margin."""
+    scores_NK = label_scores(model, head, batch)
+    right_N1 = scores_NK.gather(1, batch.label[:, None])
+    near_NK = (scores_NK - right_N1 + margin).clamp(min=0).scatter(1, batch.label[:, None], 0.0)
+    return of_pairs(near_NK.sum(dim=1), batch)
+
+
+def label_scores(model: PreTrainedModel, head: Head, batch: Batch) -> Tensor:
+    """The head's scores at every label's place, (N, K)."""
     with told(model, source_lengths=batch.source_lengths, condition=batch.condition):
         states_BTC = last_hidden_states(model, batch.inputs)
-    scores = head(states_BTC.flatten(0, 1)[batch.positions])[batch.row]
-    losses_N = torch.nn.functional.cross_entropy(scores, batch.label, reduction="none", label_smoothing=label_smoothing)
+    scores_NK: Tensor = head(states_BTC.flatten(0, 1)[batch.positions])[batch.row]
+    return scores_NK
+
+
+def of_pairs(losses_N: Tensor, batch: Batch) -> Tensor:
+    """Losses of labels summed by pair, (M,)."""
     return torch.zeros(batch.num_pairs, device=losses_N.device).index_add(0, batch.pair, losses_N)

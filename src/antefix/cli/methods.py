@@ -36,7 +36,7 @@ def methods(
         typer.echo(_in_words(row))
     if base is not None:
         typer.echo(
-            f"{base}: {cost.inference / 1e9:.3g} GFLOP to read a token, {cost.training / 1e9:.3g} to train all of it on one"
+            f"{base}: {cost.inference / 1e9:.3g} GFLOP to read a token, {cost.training / 1e9:.3g} to train on one"
         )
 
 

@@ -16,8 +16,8 @@ from antefix.cli.output import Json, console, print_json
 
 if TYPE_CHECKING:
     from antefix.prefix import Prefix
+    from antefix.training.prepared import Prepared
     from antefix.training.recipe import Recipe
-    from antefix.training.run import Prepared
 
 _STDERR = 2
 _INTERRUPTED = 130
@@ -45,9 +45,9 @@ def train(
     """
     from antefix import processes
     from antefix.cli.progress import TrainingProgress
-    from antefix.training.checkpoint import CHECKPOINT_FILE
+    from antefix.training.prepared import prepare_recipe
     from antefix.training.recipe import load_recipe
-    from antefix.training.run import check_name_is_free, is_unfinished, prepare_recipe, run_recipe
+    from antefix.training.run import check_name_is_free, forget, is_unfinished, run_recipe
 
     with processes.failing_together():
         loaded = load_recipe(recipe, overrides or [])
@@ -66,7 +66,7 @@ def train(
         return
     with processes.failing_together():  # nobody looks for the checkpoint before it is gone
         if restart and speaks:
-            (loaded.run_folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+            forget(loaded.run_folder)
     with stop_after_step(speaks=speaks) as stop_requested, TrainingProgress(out, prepared.num_steps) as progress:
         prefix = run_recipe(loaded, prepared, progress, stop_requested=stop_requested, overwrite=overwrite)
     processes.leave()

@@ -22,8 +22,9 @@ from antefix.pace import Pace
 from antefix.prefix import Prefix
 from antefix.training.journal import Journal
 from antefix.training.loop import StepReport
+from antefix.training.prepared import prepare
 from antefix.training.recipe import TrainingRecipe
-from antefix.training.run import prepare, run
+from antefix.training.run import run
 
 TABLES = Path(__file__).with_name("tables.jsonl")
 METRICS = ("bleu", "rouge_l_13a")

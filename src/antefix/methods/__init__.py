@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 METHODS: dict[str, str] = {
     "adapter": "antefix.methods.adapter:Adapter",
     "apt": "antefix.methods.apt:Apt",
+    "bbt": "antefix.methods.bbt:Bbt",
+    "bbt_v2": "antefix.methods.bbt_v2:BbtV2",
     "bitfit": "antefix.methods.bitfit:BitFit",
     "cartridge": "antefix.methods.cartridge:Cartridge",
     "full": "antefix.methods.full:Full",

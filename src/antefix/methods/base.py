@@ -48,6 +48,8 @@ class MethodModule(nn.Module):
     """Whether examples need a second text, at least while it is trained."""
     acts_on_rows: ClassVar[bool] = True
     """Whether rows of a batch can differ in it; not where it stands in the place of the base's weights."""
+    is_searched: ClassVar[bool] = False
+    """Whether it is found without gradients, by a search among a few values (`searched`)."""
     folds_to_key_value: ClassVar[bool] = False
     """Whether what is kept is plain keys and values, whatever it was trained as."""
 
@@ -112,6 +114,15 @@ class MethodModule(nn.Module):
     def rate_scales(self) -> list[tuple[list[nn.Parameter], float]]:
         """What is trained, in groups, each with its learning rate as a multiple of the run's."""
         return [([p for p in self.parameters() if p.requires_grad], 1.0)]
+
+    def searched(self) -> list[nn.Parameter]:
+        """The vectors that are searched, one after the other, where `is_searched`."""
+        return []
+
+    @property
+    def step_size(self) -> float:
+        """Of such a search at its beginning."""
+        return 1.0
 
     def auxiliary_loss(self, condition: Condition | None) -> Tensor | None:
         """What is added to the loss of a batch in training, a mean over its sources; None: nothing."""

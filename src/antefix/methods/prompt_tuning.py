@@ -63,21 +63,28 @@ class PromptTuning(SoftRows):
 
 def first_rows(base: Base, count: int, config: Any) -> Tensor:
     """(P, C) as `initial` says. Raises PrefixError for a text of no tokens."""
-    weights: Tensor = base.model.get_input_embeddings().weight  # type: ignore[assignment]
     if config.initial == "uniform":
-        width = weights.shape[1] if find_sites(base.model).is_causal else _row_width(find_sites(base.model))
+        sites = find_sites(base.model)
+        width = sites.hidden_size if sites.is_causal else _row_width(sites)
         scale: float = config.initial_scale
         return (torch.rand(count, width) * 2 - 1) * scale
-    if config.initial == "vocabulary":
-        ids = torch.randint(min(_COMMON_TOKENS, len(weights)), (count,)).tolist()
-    else:
-        ids = base.tokenizer(config.initial_text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise PrefixError("initial_text has no tokens: give a few words that say what the task is")
-        ids = (ids * (count // len(ids) + 1))[:count]
-    states: Tensor = first_states(base.model, torch.tensor([ids], device=base.model.device))
+    states: Tensor = first_states(base.model, first_tokens(base, count, config).to(base.model.device))
     rows: Tensor = states[0].float().cpu()
     return rows
+
+
+def first_tokens(base: Base, count: int, config: Any) -> Tensor:
+    """(1, P): tokens drawn from the first of the vocabulary, or those of a text, repeated as often as it takes.
+
+    Raises PrefixError for a text of no tokens.
+    """
+    if config.initial == "vocabulary":
+        weights: Tensor = base.model.get_input_embeddings().weight  # type: ignore[assignment]
+        return torch.randint(min(_COMMON_TOKENS, len(weights)), (1, count))
+    ids = base.tokenizer(config.initial_text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise PrefixError("initial_text has no tokens: give a few words that say what the task is")
+    return torch.tensor([(ids * (count // len(ids) + 1))[:count]])
 
 
 def _row_width(sites: Sites) -> int:

@@ -5,7 +5,7 @@ Heads and widths are read off the recorded keys and values, layer by layer; noth
 
 from antefix.sites.find import find_sites
 from antefix.sites.site import KINDS, Kind, Layers, LinearSite, NormSite, PositionKind, Site, Sites, sites_of_kinds
-from antefix.sites.texts import first_states, read_one_token, record_rows, record_text
+from antefix.sites.texts import first_states, layer_inputs, read_one_token, record_rows, record_text
 
 __all__ = [
     "KINDS",
@@ -18,6 +18,7 @@ __all__ = [
     "Sites",
     "find_sites",
     "first_states",
+    "layer_inputs",
     "read_one_token",
     "record_rows",
     "record_text",

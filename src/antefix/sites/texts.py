@@ -85,6 +85,30 @@ def first_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def layer_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
+    """What every layer of a causal base, or of an encoder, is given of a text: site name -> (T, C)."""
+    sites = find_sites(model)
+    found: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[name] = (args[0] if args else kwargs["hidden_states"])[0]
+
+        return keep
+
+    chosen = sites.of_kinds(("self",) if sites.is_causal else ("encoder_self",))
+    layers = [(model.get_submodule(site.layer_module), keeper(site.name)) for site in chosen]
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer, keep in layers]
+    try:
+        with bare():
+            recorded(model, input_ids, input_ids, None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
 def read_one_token(model: PreTrainedModel) -> None:
     """A forward pass of one token at position 0."""
     ids = some_ids(model, 1)

@@ -59,12 +59,12 @@ class Feed:
             return ranking_loss(label_losses(self.model, batch), batch.pair, batch.choices, size, recipe.ranking)
         return reduce_losses(self.losses(batch, recipe.label_smoothing), size, recipe.loss_reduction)
 
-    def dev_loss(self, batch: Batch) -> Tensor:
-        """What a batch adds to the dev loss, before it is divided by `dev_count`."""
+    def row_losses(self, batch: Batch) -> Tensor:
+        """What each pair, or each example with choices, adds to the dev loss, before it is divided by `dev_count`."""
         if batch.choices is None:
-            return self.losses(batch).double().sum()
+            return self.losses(batch)
         scores_EK = choice_scores(label_losses(self.model, batch), batch.pair, batch.choices, 1.0)
-        return torch.nn.functional.cross_entropy(scores_EK.double(), batch.choices.right_E, reduction="sum")
+        return torch.nn.functional.cross_entropy(scores_EK.double(), batch.choices.right_E, reduction="none")
 
     @property
     def dev_count(self) -> int:

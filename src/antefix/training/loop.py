@@ -121,7 +121,7 @@ def train_loop(
         if checkpoint is not None and checkpoint.exists():
             progress, best = load_checkpoint(checkpoint, digest, module, optimiser)
     _check_agreement((digest, form, progress.step))
-    evaluate_at = _evaluation_steps(num_steps, recipe.evaluations if dev_set or dev_metric else 0)
+    evaluate_at = evaluation_steps(num_steps, recipe.evaluations if dev_set or dev_metric else 0)
 
     recompute = recomputing(model) if recipe.activation_checkpointing else nullcontext()
     with attached(model, module) as attachment, recompute:
@@ -163,8 +163,8 @@ def train_loop(
             scores, is_best = None, False
             if progress.step in evaluate_at:
                 evaluation_started = time.perf_counter()
-                scores = _evaluate(module, dev_feed, dev_metric)
-                is_best = _note_scores(progress, scores, recipe)
+                scores = evaluate(module, dev_feed, dev_metric)
+                is_best = note_scores(progress, scores, recipe)
                 if is_best:
                     best = module.kept()
                 evaluating += time.perf_counter() - evaluation_started
@@ -250,13 +250,14 @@ def dev_loss(feed: Feed) -> float:
     """Mean negative log-likelihood of a target token, a label or a right choice; processes share it."""
     total = 0.0
     for part in shared(feed.parts(all_units(feed.data))):
-        total += float(feed.dev_loss(feed.batch(part)))
+        total += float(feed.row_losses(feed.batch(part)).double().sum())
     return sum(gathered(total)) / feed.dev_count
 
 
-def _evaluate(
+def evaluate(
     module: MethodModule, dev_feed: Feed | None, dev_metric: Callable[[], dict[str, float]] | None
 ) -> dict[str, float]:
+    """Fresh dev scores, with the module attached."""
     module.eval()
     scores = {}
     if dev_feed is not None:
@@ -267,7 +268,7 @@ def _evaluate(
     return scores
 
 
-def _note_scores(progress: Progress, scores: dict[str, float], recipe: TrainingRecipe) -> bool:
+def note_scores(progress: Progress, scores: dict[str, float], recipe: TrainingRecipe) -> bool:
     """Keeps the books; True if this is the best step so far."""
     progress.dev_scores.append({"step": progress.step, **scores})
     score = scores[f"dev_{recipe.dev_metric}"]
@@ -281,7 +282,8 @@ def _note_scores(progress: Progress, scores: dict[str, float], recipe: TrainingR
     return False
 
 
-def _evaluation_steps(num_steps: int, evaluations: int) -> set[int]:
+def evaluation_steps(num_steps: int, evaluations: int) -> set[int]:
+    """After which steps dev scores are measured, the last one among them."""
     return {math.ceil(num_steps * (n + 1) / evaluations) for n in range(evaluations)}
 
 

@@ -55,6 +55,19 @@ class DataRecipe(_Section):
     """The same for targets; None: a pair that does not fit is an error."""
 
 
+class BlackBoxRecipe(_Section):
+    """A search without gradients (`bbt`, `bbt_v2`)."""
+
+    candidates: int = Field(8000, ge=1)
+    """How many are tried on all training pairs; 8,000 in the paper."""
+    population: int = Field(20, ge=2)
+    """Candidates of one generation."""
+    at_once: int | None = Field(None, ge=1)
+    """Candidates in one batch; None: the whole population. Fewer take less memory."""
+    loss: Literal["cross_entropy", "hinge"] = "cross_entropy"
+    """What is made small; `hinge` is for labels: how far wrong ones come within a margin of 2 of the right one."""
+
+
 class TrainingRecipe(_Section):
     """How long, how fast, and how it is watched."""
 
@@ -88,6 +101,8 @@ class TrainingRecipe(_Section):
     default of the paper's code. Its other two divide that by the tokens of the step's longest row or target."""
     ranking: RankingWeights = RankingWeights()
     """The losses of `ranking`, in the place of these."""
+    black_box: BlackBoxRecipe = BlackBoxRecipe()
+    """How methods that are found without gradients are searched; epochs, steps and rates are not theirs."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """This part of a target token's probability is spread over the whole vocabulary."""
     activation_checkpointing: bool = False

@@ -23,8 +23,9 @@ from antefix.data.example import Example
 from antefix.errors import AntefixError, TrainingError
 from antefix.methods import method_class
 from antefix.training.loop import StepReport
+from antefix.training.prepared import Prepared, prepare_recipe, recipe_base, recipe_examples
 from antefix.training.recipe import Recipe, with_values
-from antefix.training.run import Prepared, prepare_recipe, recipe_base, recipe_examples, run
+from antefix.training.run import run
 from antefix.training.search_files import Found, write_found
 from antefix.training.space import Range, Value
 from antefix.training.trials import JOURNAL_FILE, Plan, Trial, Trials, open_trials, require_optuna

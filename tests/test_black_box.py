@@ -1,0 +1,180 @@
+"""Searches without gradients: what is projected, what a generation costs, the same bits again, and that it finds."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_base
+from torch import Tensor
+
+import antefix
+from antefix.attach import attached
+from antefix.base import Base
+from antefix.batches.labelled import hinge_losses, labelled_batch, labelled_losses
+from antefix.data.encode import Limits
+from antefix.data.linearise import TextFormat
+from antefix.data.plan import all_units
+from antefix.errors import TrainingError
+from antefix.methods import method_class
+from antefix.metrics import score
+from antefix.parts.word_head import WordHead
+from antefix.prefix import Prefix
+from antefix.tasks import LabelTask
+from antefix.training.black_box import GENERATIONS_FILE, Candidate
+from antefix.training.prepared import Prepared, prepare
+from antefix.training.recipe import TrainingRecipe
+from antefix.training.run import run
+
+ANIMALS = [antefix.Example(source=f"{noise} {kind}", targets=("pet" if kind == "cat" else "wild",))
+           for kind in ("cat", "elk") for noise in ("a", "the", "one", "my", "no", "her")]  # fmt: skip
+WORDS = {"pet": "home", "wild": "out"}
+
+
+def ready(method: str = "bbt", name: str = "llama", seed: int = 0, **black_box: Any) -> Prepared:
+    settings = {"candidates": 60, "population": 10, **black_box}
+    return prepare(
+        tiny_base(name), ANIMALS, ANIMALS, method=method, text_format=None, decoding=None, task="classification",
+        config={"num_virtual_tokens": 4, "dimensions": 9, "alpha": 3.0, "step_size": 1.0}, words=WORDS,
+        training=TrainingRecipe(evaluations=3, seed=seed, dev_metric="accuracy", black_box=settings),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["bbt", "bbt_v2"])
+def test_the_projection_has_the_papers_spread(method: str) -> None:
+    base = tiny_base("gpt2")
+    found = method_class(method)
+    config = found.Config.model_validate({"num_virtual_tokens": 50, "dimensions": 80, "alpha": 2.0, "step_size": 0.5})
+    module = found.build(base, config)
+    drawn = module.projection if method == "bbt" else module.get_buffer("projection_0")
+    embeddings = base.model.get_input_embeddings().weight
+    wanted = 2.0 * float(embeddings.std()) / (80**0.5 * 0.5)
+    assert float(drawn.std()) == pytest.approx(wanted, rel=0.02)
+    moved = drawn @ (0.5 * torch.randn(80))
+    assert float(moved.std()) == pytest.approx(2.0 * float(embeddings.std()), rel=0.2), "what a first step moves by"
+
+
+def test_a_layers_projection_follows_its_states() -> None:
+    base = tiny_base("llama")
+    found = method_class("bbt_v2")
+    module = found.build(base, found.Config.model_validate({"num_virtual_tokens": 40, "dimensions": 50}))
+    spreads = [float(module.get_buffer(f"projection_{n}").std()) for n in range(3)]
+    assert spreads[0] < spreads[1] < spreads[2], "states grow from layer to layer here"
+    assert [len(p) for p in module.searched()] == [50, 50, 50]
+
+
+def test_hinge_by_hand() -> None:
+    """Scores 3, 1.5 and 0 with the first right: the second comes within the margin of 2 by a half."""
+
+    class Fixed(WordHead):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+        def forward(self, states_NC: Tensor) -> Tensor:
+            return torch.tensor([[3.0, 1.5, 0.0]]).expand(len(states_NC), -1)
+
+    base = tiny_base("llama")
+    task = LabelTask(name="classification", labels=("a", "b", "c"))
+    rows = [antefix.Example(source="x", targets=("a",)), antefix.Example(source="y", targets=("c",))]
+    encoded = task.encode(rows, TextFormat(), base.tokenizer, Limits(context=None), for_encoder=False)
+    batch = labelled_batch(encoded, all_units(encoded), base.model)
+    assert hinge_losses(base.model, Fixed(), batch, 2.0).tolist() == [0.5, 5.0 + 3.5]
+
+
+@pytest.mark.parametrize("method", ["bbt", "bbt_v2"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "hinge"])
+def test_a_population_in_one_batch_is_one_candidate_after_another(method: str, loss: str) -> None:
+    one, together = (run(ready(method, loss=loss, at_once=n)) for n in (1, None))
+    assert one.tensors.keys() == together.tensors.keys()
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(tensor, together.tensors[name], rtol=1e-3, atol=1e-4)
+
+
+def test_candidates_in_one_batch_have_the_losses_of_each() -> None:
+    prepared = ready()
+    model, module, data = prepared.base.model, prepared.module, prepared.train_set
+    candidates = []
+    for _ in range(3):
+        with torch.no_grad():
+            module.searched()[0].normal_()
+            candidates.append(Candidate(module))
+    units = all_units(data)
+    assert module.head is not None
+    with torch.no_grad():
+        alone = []
+        for candidate in candidates:
+            with attached(model, candidate):
+                alone.append(labelled_losses(model, module.head, labelled_batch(data, units, model)))
+        rows = [n for _ in units for n in range(3)]
+        with attached(model, *candidates, rows=rows):
+            batch = labelled_batch(data, [unit for unit in units for _ in range(3)], model)
+            mixed = labelled_losses(model, module.head, batch).view(-1, 3).T
+    torch.testing.assert_close(mixed, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["bbt", "bbt_v2"])
+def test_it_finds_without_a_gradient(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise AssertionError("a gradient was asked for")
+
+    for place, name in ((torch.Tensor, "backward"), (torch.autograd, "backward"), (torch.autograd, "grad")):
+        monkeypatch.setattr(place, name, refuse)
+    prepared = ready(method, candidates=600)
+    prefix = Prefix.load(run(prepared).save(tmp_path / "kept"))
+    base = prepared.base
+    with attached(base.model, prefix):
+        found = antefix.label(base, ANIMALS)
+    assert score([e.targets for e in ANIMALS], found, ["accuracy"])["accuracy"] == 1.0
+    assert all(p.grad is None for p in base.model.parameters())
+    assert prefix.card.training["steps"] == 60
+
+
+def test_a_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
+    one, same, other = (run(ready(seed=seed)).tensors for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", ["bbt", "bbt_v2"])
+def test_an_interrupted_search_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
+    whole = run(ready(method), tmp_path / "whole")
+    asked = itertools.count(1)
+    for stop_after in (2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(ready(method), tmp_path / "parts", stop_requested=lambda n=stop_after: next(asked) % n == 0)
+    path = tmp_path / "parts" / GENERATIONS_FILE
+    path.write_text(path.read_text(encoding="utf-8") + '{"losses": [1.0,', encoding="utf-8")  # as a crash would
+    seen: list[int] = []
+    parts = run(ready(method), tmp_path / "parts", watch=lambda report: seen.append(report.step))
+    assert seen[0] == 4
+    assert all(torch.equal(whole.tensors[name], t) for name, t in parts.tensors.items())
+    assert parts.card.scores == whole.card.scores
+    with pytest.raises(TrainingError, match="holds an unfinished run of another recipe"):
+        run(ready(method, seed=3), tmp_path / "parts")
+
+
+def test_an_encoder_is_searched_too() -> None:
+    base: Base = tiny_base("llama")
+    examples = [antefix.Example(source=f"text {n}", targets=(f"word {n % 2}",)) for n in range(6)]
+    training = TrainingRecipe(evaluations=1, black_box={"candidates": 20, "population": 5})
+    for name in ("bart", "gpt2"):  # texts, in an encoder-decoder and packed
+        base = tiny_base(name)
+        prefix = antefix.train(
+            base, examples, dev=examples, method="bbt", training=training, num_virtual_tokens=3, dimensions=5
+        )
+        assert prefix.card.scores["dev"][-1]["step"] == 4
+
+
+def test_what_cannot_be_searched_is_told() -> None:
+    base = tiny_base("llama")
+    with pytest.raises(TrainingError, match="bbt learns no head, without gradients: give a word for every label"):
+        antefix.train(base, ANIMALS, method="bbt", task="classification")
+    with pytest.raises(TrainingError, match=r"candidates = 25: a generation of 10 for each of 3 vectors takes 30"):
+        run(ready("bbt_v2", candidates=25))
+    texts = [antefix.Example(source="a", targets=("b",)), antefix.Example(source="c", targets=("d",))]
+    training = TrainingRecipe(black_box={"candidates": 20, "population": 5, "loss": "hinge"})
+    with pytest.raises(TrainingError, match="'hinge' is for labels: leave it out"):
+        antefix.train(base, texts, method="bbt", training=training, dimensions=5, num_virtual_tokens=2)
