@@ -164,9 +164,7 @@ def prepare(
         raise TrainingError(f"{method} stands before what is written, and {task} writes nothing: take prefix_tuning")
     if isinstance(made, LabelTask):
         if module.is_searched and not made.word_ids:
-            raise TrainingError(
-                f"{method} learns no head, without gradients: give a word for every label (`words`)"
-            )
+            raise TrainingError(f"{method} learns no head, without gradients: give a word for every label (`words`)")
         module.head = _head_of(base, made)
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
