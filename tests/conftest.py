@@ -206,6 +206,7 @@ METHOD_CONFIGS: dict[str, dict[str, Any]] = {
     "prefix_tuning": _SLOTS,
     "prompt_tuning": {"num_virtual_tokens": 5, "initial": "uniform", "initial_scale": 2.0},
     "soft_infix": {"num_virtual_tokens": 2, "initial": "uniform", "initial_scale": 2.0},
+    "special_tokens": {"tokens": ["[IN:GO", "[SL:TO", "]"], "initial_noise": 8.0},
     "sparse_prefix": {**_SLOTS, "top_k": 3},
 }
 """For every method of the table a config under which it matters from the start, on any tiny model."""
@@ -255,6 +256,7 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "top-p, blocks": {"top_k": None, "top_p": 0.6, "blocks": 2, "target_tokens": 3},
         "soft": {"top_k": None},
     },
+    "special_tokens": {"fewer": {"tokens": ["<a>", "<b>"]}},
     "top_layers": {"one": {"num_layers": 1}, "embeddings": {"embeddings": True}},
     "infix": {"short": {"num_virtual_tokens": 2}, "network": {"parametrisation": "network", "hidden_width": 9}},
     "prefix_tuning": {
@@ -273,6 +275,7 @@ for _name in METHODS:  # one that is listed in neither is swept as it is
 NOT_ON = {
     "cartridge": (*ENCODER_ONLY, *ENCODER_DECODER),  # their tokens cannot stand behind slots
     "infix": ENCODER_ONLY,
+    "special_tokens": (*ENCODER_ONLY, *ENCODER_DECODER),
     "soft_infix": (*ENCODER_ONLY, *ENCODER_DECODER),  # nothing stands between source and target there
     "pip_direct": (*DECODER_ONLY, *ENCODER_ONLY, "t5"),  # a state of this T5 does not split into its heads
     "pip_indirect": (*DECODER_ONLY, *ENCODER_ONLY, "t5"),

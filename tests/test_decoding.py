@@ -117,6 +117,8 @@ def test_guessing_ahead_changes_nothing(base: Base, method: str, guess: str) -> 
     batch = {key: value[:1] for key, value in prompts(base).items()}
     batch["input_ids"] = batch["input_ids"].repeat(1, 2)
     batch["attention_mask"] = batch["attention_mask"].repeat(1, 2)
+    if guess == "assistant" and tiny_method(base, method).symbols:
+        pytest.skip("an assistant does not know new tokens")
     assistant = tiny_base(base.name.removeprefix("tiny-")).model
     options = {"prompt_lookup_num_tokens": 3} if guess == "prompt lookup" else {"assistant_model": assistant}
     with mixed(base, method) as attachment:

@@ -147,7 +147,8 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(architecture
         plain, of_plain = one_pass(), passes[0]
         with recomputing(base.model):
             recomputed = one_pass()
-    assert passes == [2 * of_plain + 1], "transformers did recompute"
+    if not module.symbols:  # nothing flows through layers where no new token is read
+        assert passes == [2 * of_plain + 1], "transformers did recompute"
     for one, other in zip(plain, recomputed, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-6)
 

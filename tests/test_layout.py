@@ -21,7 +21,7 @@ LAYERS = [
     {"batches"},
     {"attach", "condition"},
     {"attachment"},
-    {"site_stack", "linear_stack", "weights_at_work", "shifted_positions", "inserted_tokens"},
+    {"site_stack", "linear_stack", "weights_at_work", "shifted_positions", "inserted_tokens", "new_tokens"},
     {"at_work"},
     {"encoder_rows", "prefix", "stacking", "forward_call", "hidden_states", "passes"},
     {"methods"},

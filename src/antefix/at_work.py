@@ -20,7 +20,7 @@ from antefix.passes import Passes
 from antefix.sites import Kind
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
     """What a prefix is in one forward pass: by site name, and by the path of a linear layer."""
 
@@ -29,12 +29,18 @@ class Made:
     rows: EncoderRows | None
     linear: Mapping[str, LinearPart]
     inserted: Inserted | None
+    new_tokens: Tensor | None
 
     @classmethod
     def of(cls, module: MethodModule) -> Made:
         with bare():
             return cls(
-                module.slots(), module.branches(), module.encoder_rows(), module.linear_parts(), module.inserted()
+                slots=module.slots(),
+                branches=module.branches(),
+                rows=module.encoder_rows(),
+                linear=module.linear_parts(),
+                inserted=module.inserted(),
+                new_tokens=module.new_tokens(),
             )
 
     def tensors(self) -> list[Tensor]:
@@ -43,8 +49,9 @@ class Made:
         of_rows = [] if self.rows is None else [self.rows.first_PC, *self.rows.added.values()]
         of_linear = [t for part in self.linear.values() for t in part.tensors()]
         of_inserted = [] if self.inserted is None else self.inserted.tensors()
+        of_tokens = [] if self.new_tokens is None else [self.new_tokens]
         of_slots = [t for pair in self.slots.values() for t in pair]
-        return [*of_slots, *of_branches, *of_rows, *of_linear, *of_inserted]
+        return [*of_slots, *of_branches, *of_rows, *of_linear, *of_inserted, *of_tokens]
 
 
 class AtWork(Protocol):

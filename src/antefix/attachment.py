@@ -34,6 +34,7 @@ from antefix.forward_call import (
 from antefix.inserted_tokens import InsertedTokens
 from antefix.linear_stack import linear_stacks
 from antefix.methods.base import MethodModule
+from antefix.new_tokens import NewTokens
 from antefix.parts.rows import EncoderRows
 from antefix.parts.word_head import Head
 from antefix.passes import Passes
@@ -94,7 +95,7 @@ class Attachment:
         for site in sites.attention:
             for of_module in made:
                 check_fits(site, of_module.slots.get(site.name))
-        self._acts_in_passes = any(m.branches or m.linear or m.inserted for m in made)
+        self._acts_in_passes = any(m.branches or m.linear or m.inserted or m.new_tokens is not None for m in made)
         reads_sources = "self" in sites.kinds and not sites.is_encoder_decoder
         self._tells_targets = reads_sources and any(m.for_targets or m.needs_places for m in modules)
         self._rows_at_work = RowsAtWork(model, sites, self) if any(m.rows is not None for m in made) else None
@@ -118,6 +119,8 @@ class Attachment:
         found += linear_stacks(self, self._sites, [m.linear for m in made])
         if any(m.inserted is not None for m in made):
             found.append(InsertedTokens(self, self._model, [m.inserted for m in made]))
+        if any(m.new_tokens is not None for m in made):
+            found.append(NewTokens(self, self._model))
         if any(not m.acts_on_rows for m in self._modules):
             if len(self._modules) > 1:
                 raise PrefixError(f"{_WEIGHTS_FOR_ALL}: attach it alone")
@@ -270,6 +273,15 @@ class Attachment:
         if head is None:
             raise PrefixError("a row's prefix has no head that labels: it was not trained to classify or to tag")
         return head
+
+    @property
+    def has_new_tokens(self) -> bool:
+        """Whether more is scored than the base's own words."""
+        return any(m.symbols for m in self._modules)
+
+    def symbols_of(self, index: int) -> tuple[str, ...]:
+        """The new tokens of a row with this prefix."""
+        return () if index == BARE else self._modules[index].symbols
 
     def num_inserted(self, index: int) -> int:
         """How many tokens a row with this prefix has between its source and its target."""

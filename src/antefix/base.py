@@ -6,12 +6,13 @@ prefixes. The weights are frozen and the model is in eval mode from here on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from antefix import embedded
+from antefix.data.symbols import WithSymbols
 from antefix.errors import BaseModelError, nearest, one_line
 from antefix.fingerprint import fingerprint
 from antefix.products import by_onednn, onednn_pays
@@ -46,6 +48,13 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None = None
+
+    def tokenizer_with(self, symbols: Sequence[str]) -> PreTrainedTokenizerBase:
+        """The tokenizer, with these symbols as one token each behind the base's own (see `special_tokens`)."""
+        if not symbols:
+            return self.tokenizer
+        first_id = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        return cast("PreTrainedTokenizerBase", WithSymbols(self.tokenizer, symbols, first_id))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -61,5 +61,6 @@ def _encoded(
     for example, n in zip(examples, index, strict=True):
         inserted = 0 if attachment is None else attachment.num_inserted(n)
         limits = Limits(context=base.context_length, inserted=inserted)
-        every += task.encode([example], text_format, base.tokenizer, limits, for_encoder=for_encoder).examples
+        tokenizer = base.tokenizer if attachment is None else base.tokenizer_with(attachment.symbols_of(n))
+        every += task.encode([example], text_format, tokenizer, limits, for_encoder=for_encoder).examples
     return Encoded(tuple(every), 0, 0, for_encoder, are_choices=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from antefix.attach import current_attachment, rows_of_batch, rows_of_sources, told
@@ -21,6 +21,7 @@ from antefix.data.encode import encode_condition
 from antefix.data.example import Example, Source, Table, Triples
 from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
+from antefix.encoder_rows import BARE
 from antefix.errors import BaseModelError, GenerationError
 from antefix.prefix import Prefix
 from antefix.settings import validated
@@ -76,12 +77,19 @@ def generate_each(
     decoding = decoding or _card_decoding(base)
     one_at_a_time = assistant_model is not None or decoding.prompt_lookup_num_tokens is not None or streamer is not None
     size = 1 if one_at_a_time else batch_size
+    attachment = current_attachment(base.model)
+    if assistant_model is not None and attachment is not None and attachment.has_new_tokens:
+        raise GenerationError("an assistant model does not know the new tokens of what is attached: leave it out")
     is_encoder_decoder = bool(base.model.config.is_encoder_decoder)
-    encoded = [text_format.encode_source_cut(base.tokenizer, s, for_encoder=is_encoder_decoder) for s in plain]
+    rows = rows_of_sources(base.model, len(plain))
+    tokenizers = _tokenizers(base, len(plain), rows)
+    encoded = [
+        text_format.encode_source_cut(tokenizer, source, for_encoder=is_encoder_decoder)
+        for tokenizer, source in zip(tokenizers, plain, strict=True)
+    ]
     ids = [row for row, _ in encoded]
     if num_cut := sum(cut for _, cut in encoded):
         on_cut(num_cut)
-    rows = rows_of_sources(base.model, len(ids))
     ids = _with_inserted(base, ids, rows)
     _check_length(base, sources, ids, decoding, is_encoder_decoder)
     if decoding.seed is not None:
@@ -99,7 +107,7 @@ def generate_each(
             condition = _condition(base, [sources[i] for i in batch])
             new_ids = _generate_batch(base, [ids[i] for i in batch], condition, arguments)
         for index, row in zip(batch, new_ids, strict=True):
-            yield index, _cut(base, row, stop)
+            yield index, _cut(tokenizers[index], row, stop)
 
 
 def terminal_streamer(base: Base) -> BaseStreamer:
@@ -162,15 +170,30 @@ def _check_length(
             )
 
 
+def _indices(base: Base, num_sources: int, rows: torch.Tensor | None) -> list[int]:
+    """Of the prefix that every source carries, below 0 for none."""
+    attachment = current_attachment(base.model)
+    shared = BARE if attachment is None else attachment.shared_index
+    return [0 if shared is None else shared] * num_sources if rows is None else rows.tolist()
+
+
+def _tokenizers(base: Base, num_sources: int, rows: torch.Tensor | None) -> list[PreTrainedTokenizerBase]:
+    """Every source's tokenizer, which knows the new tokens of its prefix."""
+    attachment = current_attachment(base.model)
+    if attachment is None or not attachment.has_new_tokens:
+        return [base.tokenizer] * num_sources
+    indices = _indices(base, num_sources, rows)
+    known = {n: base.tokenizer_with(attachment.symbols_of(n)) for n in set(indices)}
+    return [known[n] for n in indices]
+
+
 def _with_inserted(base: Base, ids: list[list[int]], rows: torch.Tensor | None) -> list[list[int]]:
     """Sources with the tokens that soft tokens stand in."""
     attachment = current_attachment(base.model)
     if attachment is None:
         return ids
-    shared = attachment.shared_index
-    of_row = [0 if shared is None else shared] * len(ids) if rows is None else rows.tolist()
-    pad = base.tokenizer.pad_token_id
-    return [source + [pad] * attachment.num_inserted(n) for source, n in zip(ids, of_row, strict=True)]
+    pad, indices = base.tokenizer.pad_token_id, _indices(base, len(ids), rows)
+    return [source + [pad] * attachment.num_inserted(n) for source, n in zip(ids, indices, strict=True)]
 
 
 def _condition(base: Base, sources: Sequence[Example | Source]) -> Condition | None:
@@ -206,7 +229,7 @@ def _generate_batch(
     return out[:, start:].tolist()  # type: ignore[no-any-return]
 
 
-def _cut(base: Base, row: list[int], stop: int) -> str:
+def _cut(tokenizer: PreTrainedTokenizerBase, row: list[int], stop: int) -> str:
     if stop in row:
         row = row[: row.index(stop)]
-    return str(base.tokenizer.decode(row, skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(row, skip_special_tokens=True)).strip()

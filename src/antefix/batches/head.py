@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from antefix.attach import told
+from antefix.attach import current_attachment, told
 from antefix.batches.batch import Batch
 from antefix.products import FrozenLinear, product, takes_onednn
 
@@ -38,7 +38,9 @@ def label_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 
     label_smoothing e: (1 - e) times the label's share plus e times the mean over the vocabulary.
     """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if _only_multiplies(head) and model not in _do_more:
+    attachment = current_attachment(model)
+    more_words = attachment is not None and attachment.has_new_tokens
+    if _only_multiplies(head) and model not in _do_more and not more_words:
         hidden_UH, first_logits = _hidden_states(model, head, batch)
         multiply: Callable[..., Tensor] = product if takes_onednn(head, hidden_UH) else nn.functional.linear
         with torch.no_grad():

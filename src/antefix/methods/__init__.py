@@ -35,6 +35,7 @@ METHODS: dict[str, str] = {
     "prompt_tuning": "antefix.methods.prompt_tuning:PromptTuning",
     "soft_infix": "antefix.methods.soft_infix:SoftInfix",
     "sparse_prefix": "antefix.methods.sparse_prefix:SparsePrefix",
+    "special_tokens": "antefix.methods.special_tokens:SpecialTokens",
     "top_layers": "antefix.methods.top_layers:TopLayers",
 }
 

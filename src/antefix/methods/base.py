@@ -25,6 +25,10 @@ class MethodConfig(BaseModel):
     # What stands under a field is its description, also in docs/recipe.md.
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    def completed(self, targets: Sequence[str]) -> Self:
+        """With what is learned of the training targets before training starts."""
+        return self
+
     @property
     def parent(self) -> str | None:
         """The folder of the kept prefix that training starts from; None: it starts from no other."""
@@ -142,6 +146,15 @@ class MethodModule(nn.Module):
         Rows of a batch cannot differ in them.
         """
         return {}
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Texts that are one token each, behind the base's own."""
+        return ()
+
+    def new_tokens(self) -> Tensor | None:
+        """The embeddings of `symbols`, (S, C), differentiable likewise; None: there are none."""
+        return None
 
     @property
     def num_inserted_tokens(self) -> int:

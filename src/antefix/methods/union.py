@@ -30,6 +30,11 @@ from antefix.sites import Sites
 class UnionConfig(MethodConfig):
     """The choices of every member, under its name."""
 
+    def completed(self, targets: Sequence[str]) -> Self:
+        return self.model_copy(
+            update={name: getattr(self, name).completed(targets) for name in type(self).model_fields}
+        )
+
     @property
     def parent(self) -> str | None:
         parents = [getattr(self, name).parent for name in type(self).model_fields]
@@ -52,6 +57,8 @@ class Union(MethodModule):
             raise PrefixError(f"{UNION.join(self.members)}: slots for targets alone and others do not go together")
         if sum(m.num_inserted_tokens > 0 for m in self._modules_in_order) > 1:
             raise PrefixError(f"{UNION.join(self.members)}: several of these stand behind the source; take one")
+        if sum(bool(m.symbols) for m in self._modules_in_order) > 1:
+            raise PrefixError(f"{UNION.join(self.members)}: several of these have new tokens; take one")
         if sum(m.encoder_rows() is not None for m in self._modules_in_order) > 1:
             raise PrefixError(f"{UNION.join(self.members)}: several of these put rows before the text; take one")
 
@@ -144,6 +151,13 @@ class Union(MethodModule):
         if twice := {name for n, some in enumerate(every) for name in some if any(name in o for o in every[:n])}:
             raise PrefixError(f"{UNION.join(self.members)}: several of these train '{min(twice)}'; take one")
         return {name: weight for some in every for name, weight in some.items()}
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return next((m.symbols for m in self._modules_in_order if m.symbols), ())
+
+    def new_tokens(self) -> Tensor | None:
+        return next((made for m in self._modules_in_order if (made := m.new_tokens()) is not None), None)
 
     @property
     def num_inserted_tokens(self) -> int:

@@ -149,6 +149,7 @@ def prepare(
         raise TrainingError(f"the base '{base.name}' has no decoder_start_token_id: set it in its config.json")
     found = method_class(method)
     checked = checked_config(method, config)
+    checked = checked.completed([target for e in train_examples for target in e.targets])
     text_format = text_format or default_format([e.source for e in train_examples])
     torch.manual_seed(training.seed)
     parent = None if checked.parent is None else Prefix.load(checked.parent)
@@ -174,11 +175,11 @@ def prepare(
         condition=module.condition_length,
         inserted=module.num_inserted_tokens,
     )
+    tokenizer = base.tokenizer_with(module.symbols)
     encode_all = encode if made is None else made.encode
     for_encoder = not find_sites(base.model).is_causal
     train_set, dev_set = (
-        encode_all(e, text_format, base.tokenizer, fits, for_encoder=for_encoder)
-        for e in (train_examples, dev_examples)
+        encode_all(e, text_format, tokenizer, fits, for_encoder=for_encoder) for e in (train_examples, dev_examples)
     )
     if train_set.num_pairs == 0:
         raise TrainingError(
