@@ -33,6 +33,8 @@ METRICS: dict[str, str] = {
     "ter_webnlg": "antefix.metrics.ter_webnlg",
     "bleu_dart": "antefix.metrics.bleu_dart",
     "accuracy": "antefix.metrics.accuracy",
+    "well_formed": "antefix.metrics.well_formed",
+    "frame_f1": "antefix.metrics.frame_f1",
     "word_accuracy": "antefix.metrics.word_accuracy",
     "span_f1": "antefix.metrics.span_f1",
 }

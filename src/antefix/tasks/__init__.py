@@ -16,7 +16,7 @@ __all__ = ["METRICS_OF", "LabelTask", "RankingTask", "Task", "TaskName", "task_o
 
 TaskName = Literal["text_generation", "classification", "tagging", "ranking"]
 METRICS_OF: dict[TaskName, tuple[str, ...]] = {
-    "text_generation": ("bleu",),
+    "text_generation": ("bleu", "accuracy", "frame_f1"),
     "classification": ("accuracy",),
     "tagging": ("span_f1", "word_accuracy"),
     "ranking": ("accuracy",),

@@ -112,7 +112,7 @@ class TrainingRecipe(_Section):
     alone see (`infix`), packed rows, no dropout in the base."""
     evaluations: int = Field(8, ge=0)
     """How often the dev loss is measured, the last time at the end; 0: never (the last step is kept)."""
-    dev_metric: Literal["loss", "bleu", "accuracy", "span_f1", "word_accuracy"] = "loss"
+    dev_metric: Literal["loss", "bleu", "accuracy", "frame_f1", "span_f1", "word_accuracy"] = "loss"
     """What chooses the best step: the dev loss, or a score of the task of what is written, or labelled, for
     `dev_metric_sources` sources."""
     dev_metric_sources: int = Field(50, ge=1)
