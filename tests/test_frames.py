@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-from conftest import SHARED
+from typing import Any
 
+import pytest
+from conftest import SHARED, tiny_base, tiny_method
+
+import antefix
+from antefix.attach import attached
 from antefix.data import read
-from antefix.data.frames import Node, brackets, parse
+from antefix.data.frames import Node, begins_frame, brackets, parse
 from antefix.metrics import score
 
 FRAME = "[IN:GET_WEATHER will it rain [SL:LOCATION in [IN:GET_LOCATION boston ] ] now ]"
@@ -41,6 +45,35 @@ def test_scores_by_hand() -> None:
     assert found["frame_f1"] == pytest.approx(2 * 2 / (3 + 4))
     assert found["accuracy"] == 0.0
     assert score([["[IN:A a ]"]], ["[IN:A  a ]"], ["accuracy"])["accuracy"] == 1.0
+
+
+def test_every_beginning_of_a_frame_begins_one() -> None:
+    assert all(begins_frame(FRAME[:n]) for n in range(len(FRAME) + 1))
+    assert all(begins_frame(FRAME[:n], ["IN:GET_WEATHER", "SL:LOCATION", "IN:GET_LOCATION"]) for n in range(len(FRAME)))
+    assert not begins_frame(FRAME[:5], ["IN:SET_ALARM"])
+    assert not begins_frame(FRAME, ["IN:GET_WEATHER", "SL:LOCATION"])
+
+
+@pytest.mark.parametrize("text", ["a", "]", "[S", "[IN:A [I", "[IN:A [SL:B [SL", "[IN:A x ] y", "[IN:A x ] [", "[x"])
+def test_what_begins_no_frame(text: str) -> None:
+    assert not begins_frame(text)
+
+
+@pytest.mark.parametrize("symbols", [(), ("[IN:GO", "[SL:TO", "]")])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 2.0, "seed": 1}])
+def test_only_frames_are_written(symbols: tuple[str, ...], options: dict[str, Any]) -> None:
+    """By random models, which would write none, whether symbols are tokens or not; labels are those of the tokens."""
+    base = tiny_base("llama")
+    sources = ["go to york", "a", "wake me up at nine"]
+    decoding = antefix.Decoding(max_new_tokens=30, frames=True, **options)
+    plain = antefix.Decoding(max_new_tokens=30, **options)
+    module = tiny_method(base, "special_tokens", tokens=symbols) if symbols else tiny_method(base)
+    with attached(base.model, module.requires_grad_(False)):
+        assert not any(parse(text) for text in antefix.generate(base, sources, decoding=plain))
+        trees = [parse(text) for text in antefix.generate(base, sources, decoding=decoding)]
+    assert all(tree is not None for tree in trees)
+    if symbols:
+        assert {tree.label for tree in trees if tree} == {"IN:GO"}
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "top_english_small").is_dir(), reason="the data is not here")

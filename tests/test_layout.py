@@ -17,7 +17,7 @@ LAYERS = [
     {"benchmarks", "demo"},
     {"doctor", "interop", "training", "bank", "generated_file", "merge"},
     {"generation", "labels", "self_study"},
-    {"choices"},
+    {"choices", "frame_decoding"},
     {"batches"},
     {"attach", "condition"},
     {"attachment"},

@@ -38,6 +38,8 @@ class Decoding(BaseModel):
     """Guess so many tokens from the source (one row at a time, without beams, transformers' limits)."""
     cache_implementation: Literal["dynamic", "static", "offloaded", "offloaded_static"] | None = None
     """None: a growing cache; `static`: one of fixed size."""
+    frames: bool = False
+    """Write well-formed frames of TOP and nothing else; with the labels of the prefix's new tokens, if it has some."""
     seed: int | None = None
     """Seed of sampling, set once before the first batch."""
 

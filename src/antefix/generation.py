@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from antefix.attach import current_attachment, rows_of_batch, rows_of_sources, told
@@ -23,6 +23,7 @@ from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
 from antefix.encoder_rows import BARE
 from antefix.errors import BaseModelError, GenerationError
+from antefix.frame_decoding import OnlyFrames
 from antefix.prefix import Prefix
 from antefix.settings import validated
 
@@ -105,7 +106,8 @@ def generate_each(
         batch = order[start : start + size]
         with rows_of_batch(base.model, rows, batch):
             condition = _condition(base, [sources[i] for i in batch])
-            new_ids = _generate_batch(base, [ids[i] for i in batch], condition, arguments)
+            only = _only_frames(base, [ids[i] for i in batch], [tokenizers[i] for i in batch], decoding, stop)
+            new_ids = _generate_batch(base, [ids[i] for i in batch], condition, arguments | only)
         for index, row in zip(batch, new_ids, strict=True):
             yield index, _cut(tokenizers[index], row, stop)
 
@@ -168,6 +170,22 @@ def _check_length(
                 f"{where}: {len(row)} source tokens and max_new_tokens {decoding.max_new_tokens} do not fit into the "
                 f"context of {limit} tokens; shorten the source or lower max_new_tokens"
             )
+
+
+def _only_frames(
+    base: Base, ids: Sequence[list[int]], tokenizers: Sequence[PreTrainedTokenizerBase], decoding: Decoding, stop: int
+) -> dict[str, Any]:
+    """Further arguments of `generate` where only frames may be written."""
+    if not decoding.frames:
+        return {}
+    attachment = current_attachment(base.model)
+    symbols = (
+        () if attachment is None else {s for n in range(len(attachment.prefixes)) for s in attachment.symbols_of(n)}
+    )
+    labels = sorted(symbol[1:] for symbol in symbols if symbol.startswith("["))
+    start = 1 if base.model.config.is_encoder_decoder else max(map(len, ids))
+    processor = OnlyFrames(tokenizers, start, stop, decoding.max_new_tokens, decoding.num_beams, labels)
+    return {"logits_processor": LogitsProcessorList([processor])}
 
 
 def _indices(base: Base, num_sources: int, rows: torch.Tensor | None) -> list[int]:

@@ -6,10 +6,14 @@ A frame is one intent; intents hold words and slots, slots hold words and intent
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 _PIECES = re.compile(r"\[(?P<kind>IN|SL):(?P<label>[A-Z_]+)|(?P<end>\])|(?P<word>[^\s\[\]]+)|(?P<other>\S)")
+
+
+_CUT = re.compile(r"\[(?:I|IN|IN:[A-Z_]*|S|SL|SL:[A-Z_]*)?\Z")
+"""An opening bracket at the end of a text, whose label may go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,30 +30,76 @@ class Node:
         return tuple(w for part in self.content for w in ((part,) if isinstance(part, str) else part.words()))
 
 
+@dataclass(slots=True)
+class _Reading:
+    """What was read so far: open nodes with what they hold, and the frame, once it is closed."""
+
+    open_nodes: list[tuple[str, list[Node | str]]]
+    root: Node | None = None
+
+    @property
+    def next_kind(self) -> str:
+        """Of the nodes that can be opened here."""
+        return "IN" if not self.open_nodes or self.open_nodes[-1][0].startswith("SL") else "SL"
+
+
 def parse(text: str) -> Node | None:
     """The tree of a frame; None for a text that is no well-formed one."""
-    open_nodes: list[tuple[str, list[Node | str]]] = []
-    root: Node | None = None
+    reading = _read(text)
+    return None if reading is None else reading.root
+
+
+def begins_frame(text: str, labels: Sequence[str] = ()) -> bool:
+    """Whether a frame can begin with this text, a label that is cut off included.
+
+    labels: those that there are (`IN:GET_WEATHER`); empty: any.
+    """
+    cut = _CUT.search(text)
+    reading = _read(text if cut is None else text[: cut.start()], labels)
+    if reading is None or cut is None:
+        return reading is not None
+    opening = f"[{reading.next_kind}:"
+    if reading.root is not None or not (opening.startswith(cut[0]) or cut[0].startswith(opening)):
+        return False
+    return not labels or any(f"[{label}".startswith(cut[0]) for label in labels)
+
+
+def num_open(text: str) -> int | None:
+    """How many brackets of a text that begins a frame are open; None for a frame that is complete.
+
+    An opening that is cut off before its label counts.
+    """
+    cut = _CUT.search(text)
+    reading = _read(text)
+    if reading is None:
+        reading = None if cut is None else _read(text[: cut.start()])
+        return 0 if reading is None else len(reading.open_nodes) + 1
+    return None if reading.root is not None else len(reading.open_nodes)
+
+
+def _read(text: str, labels: Sequence[str] = ()) -> _Reading | None:
+    """None where no frame begins so."""
+    reading = _Reading([])
     for piece in _PIECES.finditer(text):
-        if piece["other"] or root is not None:
+        if piece["other"] or reading.root is not None:
             return None
         if piece["kind"]:
-            wanted = "IN" if not open_nodes or open_nodes[-1][0].startswith("SL") else "SL"
-            if piece["kind"] != wanted:
+            label = f"{piece['kind']}:{piece['label']}"
+            if piece["kind"] != reading.next_kind or (labels and label not in labels):
                 return None
-            open_nodes.append((f"{piece['kind']}:{piece['label']}", []))
-        elif not open_nodes:
+            reading.open_nodes.append((label, []))
+        elif not reading.open_nodes:
             return None
         elif piece["word"]:
-            open_nodes[-1][1].append(piece["word"])
+            reading.open_nodes[-1][1].append(piece["word"])
         else:
-            label, content = open_nodes.pop()
+            label, content = reading.open_nodes.pop()
             node = Node(label, tuple(content))
-            if open_nodes:
-                open_nodes[-1][1].append(node)
+            if reading.open_nodes:
+                reading.open_nodes[-1][1].append(node)
             else:
-                root = node
-    return root
+                reading.root = node
+    return reading
 
 
 def brackets(root: Node) -> Iterator[tuple[str, int, int]]:
