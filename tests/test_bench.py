@@ -228,6 +228,12 @@ def test_decoding(base: str, data: str) -> None:
     assert alike == [4, 4, 4]
 
 
+def test_decoding_with_weights_of_eight_bits(base: str, data: str) -> None:
+    record = bench_decoding(replace(DECODING, base=base, data=data, eight_bits=True), unseen)
+    assert list(record.ratios)[-1] == "ours, 3 slots, int8 / ours, 3 slots, float32 beside int8"
+    assert record.figures["MiB of weights, int8"] < record.figures["MiB of weights, float32"]  # type: ignore[operator]
+
+
 def test_arms_that_write_otherwise_are_not_timed(base: str, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(decoding.TOLERANCE, "float32", -1.0)
     with pytest.raises(BenchmarkError, match="the logits of ours and PEFT's differ by"):

@@ -28,6 +28,7 @@ from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import Work, common_slots, load_workload, our_prefix, parameters_in_products, peak_mib
 from antefix.errors import BenchmarkError
 from antefix.products import by_torch
+from antefix.quantised import is_quantised
 
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}
 """How far the first logits of two arms may be apart in the mean, as a part of their standard deviation. With a thousand
@@ -128,7 +129,8 @@ class OurDecoding:
     def bytes_per_step(self) -> int:
         """What one new token of the batch must read at the least: every weight that it is multiplied by."""
         model = self._decoding.base.model
-        return sum(parameters_in_products(model)) * model.dtype.itemsize
+        layers, head = parameters_in_products(model)
+        return layers * (1 if is_quantised(model) else model.dtype.itemsize) + head * model.dtype.itemsize
 
     def _made(self, num_slots: int, distinct: int) -> list[Any]:
         model = self._decoding.base.model
@@ -210,6 +212,8 @@ class DecodingBench:
     num_slots: int = 10
     many_slots: int = 1024
     rounds: int = 9
+    eight_bits: bool = False
+    """Also a base with weights of eight bits beside the first of the precisions."""
     quick: bool = False
     """No curves."""
 
@@ -222,9 +226,33 @@ def bench_decoding(bench: DecodingBench, watch: Watch, kept: Kept | None = None)
     record = Record(bench="generate", settings=asdict(bench), unit="new tokens/s")
     for dtype in bench.precisions:
         _at_precision(bench, dtype, record, watch, kept)
+    if bench.eight_bits:
+        _at_eight_bits(bench, record, watch, kept)
     if not bench.quick:
         record.curves = _growth(bench, watch)
     return record
+
+
+def _at_eight_bits(bench: DecodingBench, record: Record, watch: Watch, kept: Kept | None) -> None:
+    """With a few slots: weights of eight bits, computed in the native precision, beside the first precision."""
+    few, beside = f"ours, {bench.num_slots} slots", bench.precisions[0]
+    names = {"int8": f"{few}, int8", beside: f"{few}, {beside} beside int8"}
+    with ExitStack() as stack:
+        arms = {names[dtype]: stack.enter_context(_workers(bench, dtype)[f"{few}, {dtype}"]()) for dtype in names}
+        for name, arm in arms.items():
+            watch(0, 1, f"warming up {name}")
+            arm.call("work", 0)
+        turns = {name: partial(_decoded, arm) for name, arm in arms.items()}
+        total = bench.rounds * len(arms)
+        record.rounds |= interleave(turns, bench.rounds, lambda n, name: watch(n, total, name), kept)
+        record.peak_mib |= {name: arm.call("peak_mib") for name, arm in arms.items()}
+        weights = {dtype: arms[name].call("bytes_per_step") / 2**20 for dtype, name in names.items()}
+    record.figures |= {f"MiB of weights, {dtype}": size for dtype, size in weights.items()}
+    record.add_ratio(names["int8"], names[beside])
+
+
+def _decoded(arm: Worker, number: int) -> float:
+    return float(arm.call("work", number).per_second)
 
 
 def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Watch, kept: Kept | None) -> None:
@@ -236,15 +264,8 @@ def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Wat
         for name, arm in arms.items():
             watch(0, 1, f"warming up {name}")
             arm.call("work", 0)
-        num_turns = bench.rounds * len(arms)
-
-        def turn(arm: Worker) -> Callable[[int], float]:
-            return lambda number: float(arm.call("work", number).per_second)
-
-        rates = interleave(
-            {name: turn(arm) for name, arm in arms.items()}, bench.rounds,
-            lambda n, name: watch(n, num_turns, name), kept,
-        )  # fmt: skip
+        num_turns, turns = bench.rounds * len(arms), {name: partial(_decoded, arm) for name, arm in arms.items()}
+        rates = interleave(turns, bench.rounds, lambda n, name: watch(n, num_turns, name), kept)
         record.rounds |= rates
         record.peak_mib |= {name: arm.call("peak_mib") for name, arm in arms.items()}
         bare = f"bare base, {dtype}"

@@ -18,6 +18,7 @@ from antefix.cli.bank import bank_app
 from antefix.cli.base import base_app
 from antefix.cli.bench import bench_app
 from antefix.cli.cartridge import cartridge
+from antefix.cli.compare import compare
 from antefix.cli.demo import demo
 from antefix.cli.doctor import doctor
 from antefix.cli.eval import evaluate
@@ -67,6 +68,7 @@ app.command("cartridge")(cartridge)
 app.command("doctor")(doctor)
 app.command("train")(train)
 app.command("search")(search)
+app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("eval")(evaluate)
 app.command("merge")(merge)

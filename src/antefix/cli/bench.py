@@ -58,6 +58,9 @@ def generate(
     data: Data = None,
     precision: Precision = None,
     batch: Annotated[int, typer.Option(min=1, help="Sources decoded together.")] = 16,
+    eight_bits: Annotated[
+        bool, typer.Option("--int8", help="Also weights of eight bits, beside the first precision.")
+    ] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
     quick: Quick = False,
     out: Out = None,
@@ -75,7 +78,7 @@ def generate(
     settings = DecodingBench(
         base=base, data=_data(data), batch=batch, rounds=rounds or (3 if quick else 9), quick=quick,
         precisions=_precisions("float32" if quick and precision is None else precision),
-        new_tokens=16 if quick else 32,
+        new_tokens=16 if quick else 32, eight_bits=eight_bits,
     )  # fmt: skip
     _run(partial(bench_decoding, settings, kept=_kept(settings, out)), out, as_json)
 

@@ -7,11 +7,15 @@ lowercased. An empty text scores 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
+from antefix.errors import MetricError
 from antefix.metrics.base import Evaluated, mean_of_segments
 
-VERSION = f"1 (rouge-score {version('rouge-score')})"
+try:
+    VERSION = f"1 (rouge-score {version('rouge-score')})"
+except PackageNotFoundError as error:
+    raise MetricError("ROUGE of summaries needs rouge-score: pip install 'antefix[rouge]'") from error
 
 
 def evaluate(kind: str, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Evaluated:

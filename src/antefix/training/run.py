@@ -200,6 +200,7 @@ def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: 
             "truncated_dev_sources": prepared.dev_set.truncated_sources,
             "truncated_dev_targets": prepared.dev_set.truncated_targets,
             "dtype": base.precision,
+            "trained": sum(p.numel() for p in prepared.module.parameters() if p.requires_grad),
             "steps": progress.step,
             "kept_step": progress.best_step,
             "stopped_early": progress.stopped_early,

@@ -1,0 +1,265 @@
+"""Several recipes times several seeds on one test set, each run resumable: which method does best, and for how much.
+
+A run is a folder: its prefix, and what the prefix answers for the test set. What is there is not done again. Recipes
+must train on the same pairs, and on as many of them, or be told that they need not.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from antefix import atomic
+from antefix.attach import attached
+from antefix.base import Base
+from antefix.data import read
+from antefix.data.example import Example
+from antefix.errors import TrainingError
+from antefix.generated_file import GeneratedFile
+from antefix.generation import generate_each
+from antefix.labels import label_each
+from antefix.metrics import evaluate
+from antefix.metrics.bootstrap import Comparison
+from antefix.metrics.bootstrap import compare as compare_systems
+from antefix.prefix import Prefix
+from antefix.tasks import METRICS_OF
+from antefix.training.prepared import Prepared, prepare_recipe, recipe_base
+from antefix.training.recipe import Recipe
+from antefix.training.run import run
+
+TEXTS_FILE, PREFIX_FOLDER, RUN_FOLDER = "texts.jsonl", "prefix", "run"
+_PROBED_STEPS, _PROBED_SOURCES = 2, 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is compared."""
+
+    recipes: tuple[Recipe, ...]
+    seeds: tuple[int, ...]
+    test: Sequence[Example]
+    metrics: tuple[str, ...]
+    folder: Path
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, seed by seed, so that every recipe has some soon."""
+        return [
+            Run(recipe, seed, self.folder / f"{recipe.name}-{seed}") for seed in self.seeds for recipe in self.recipes
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A recipe under a seed."""
+
+    recipe: Recipe
+    seed: int
+    folder: Path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its texts are written."""
+        return (self.folder / TEXTS_FILE).exists()
+
+    @property
+    def with_seed(self) -> Recipe:
+        """The recipe as it is trained."""
+        training = self.recipe.training.model_copy(update={"seed": self.seed})
+        return self.recipe.model_copy(update={"training": training})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A recipe in the table."""
+
+    name: str
+    method: str
+    trained: int
+    """Values that are trained, and that are kept."""
+    kept: int
+    scores: dict[str, list[float]]
+    """By metric, seed by seed."""
+    seconds: float
+    """Of training, the mean."""
+    against_best: dict[str, Comparison]
+    """Seed by seed, by the first metric; empty for the best itself."""
+
+    def mean(self, metric: str) -> float:
+        return statistics.mean(self.scores[metric])
+
+    def spread(self, metric: str) -> float:
+        """The standard deviation over seeds; 0 for one."""
+        values = self.scores[metric]
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def plan_of(
+    recipes: Sequence[Recipe], seeds: Sequence[int], test: str, metrics: Sequence[str] | None, folder: Path,
+    *, unequal: bool = False,
+) -> Plan:  # fmt: skip
+    """What is compared, checked. Raises TrainingError for recipes that do not learn the same, or not for as long.
+
+    unequal: that they may see other pairs, or more of them.
+    """
+    if len({r.name for r in recipes}) < len(recipes):
+        raise TrainingError("two of the recipes have the same name: give each a name of its own")
+    if len(tasks := {r.task for r in recipes}) > 1:
+        raise TrainingError(f"the recipes are for unlike tasks ({', '.join(sorted(tasks))}): they cannot be compared")
+    if not unequal:
+        for what, values in (
+            ("data", {r.data.model_dump_json(exclude={"text"}) for r in recipes}),
+            ("pairs seen (epochs, max_steps, pairs_per_step)", {repr(_budget(r)) for r in recipes}),
+        ):
+            if len(values) > 1:
+                raise TrainingError(f"the recipes differ in their {what}: make them equal, or say --unequal")
+    first = recipes[0]
+    examples = [e for e in read(test, format=first.data.format, **first.data.reader) if e.targets]
+    if not examples:
+        raise TrainingError(f"{test}: no example has a target to compare with")
+    chosen = tuple(metrics or METRICS_OF[first.task][:1])
+    return Plan(recipes=tuple(recipes), seeds=tuple(seeds), test=examples, metrics=chosen, folder=folder)
+
+
+def _budget(recipe: Recipe) -> tuple[Any, ...]:
+    training = recipe.training
+    return (training.epochs if training.max_steps is None else training.max_steps * training.pairs_per_step,)
+
+
+def expected_seconds(plan: Plan, base_of: Callable[[Recipe], Base]) -> float:
+    """What all runs that are left take, from a few steps and texts of each recipe."""
+    total = 0.0
+    for recipe in plan.recipes:
+        left = sum(not r.is_done for r in plan.runs if r.recipe is recipe)
+        if left == 0:
+            continue
+        base = base_of(recipe)
+        prepared = prepare_recipe(recipe, base=base)
+        num_steps = prepared.num_steps
+        started = time.perf_counter()
+        with attached(base.model, prepared.module):
+            some = list(islice(_answers(base, plan.test[:_PROBED_SOURCES], prepared), _PROBED_SOURCES))
+        answering = (time.perf_counter() - started) / len(some) * len(plan.test)
+        short = prepared.training.model_copy(update={"max_steps": _PROBED_STEPS, "evaluations": 0})
+        if not prepared.module.is_searched:
+            started = time.perf_counter()
+            run(replace(prepared, training=short))
+            total += left * ((time.perf_counter() - started) / _PROBED_STEPS * num_steps)
+        total += left * answering
+    return total
+
+
+def finish(one: Run, plan: Plan, base: Base, watch: Callable[[Any], None], stop_requested: Callable[[], bool]) -> None:
+    """Train a run and write its texts, from where it stopped."""
+    kept = one.folder / PREFIX_FOLDER
+    prepared = prepare_recipe(one.with_seed, base=base)
+    if not kept.exists():
+        run(prepared, one.folder / RUN_FOLDER, watch, stop_requested=stop_requested).save(kept)
+    prefix = Prefix.load(kept)
+    decides = [base.fingerprint, prefix.card.model_dump_json(), repr([e.source for e in plan.test])]
+    file = GeneratedFile(one.folder / TEXTS_FILE, decides)
+    left = [n for n in range(len(plan.test)) if n not in file.texts]
+    with attached(base.model, prefix):
+        for index, text in _answers(base, [plan.test[n] for n in left], prepared) if left else ():
+            file.add(left[index], text)
+            if stop_requested():
+                raise KeyboardInterrupt
+    file.finish([e.where for e in plan.test])
+
+
+def _answers(base: Base, examples: Sequence[Example], prepared: Prepared) -> Any:
+    if prepared.task is None:
+        return generate_each(base, examples, text_format=prepared.text_format, decoding=prepared.decoding)
+    return label_each(base, examples, task=prepared.task, text_format=prepared.text_format)
+
+
+def table(plan: Plan) -> list[Row]:
+    """Every recipe whose runs are all done, the best by the first metric first."""
+    references = [e.targets for e in plan.test]
+    scored: dict[str, list[dict[str, Any]]] = {}
+    rows: list[Row] = []
+    for recipe in plan.recipes:
+        runs = [r for r in plan.runs if r.recipe is recipe]
+        if not all(r.is_done for r in runs):
+            continue
+        prefixes = [Prefix.load(r.folder / PREFIX_FOLDER) for r in runs]
+        scored[recipe.name] = [evaluate(references, _texts(r.folder / TEXTS_FILE), plan.metrics) for r in runs]
+        seconds = [float(p.card.training["seconds"]) for p in prefixes]
+        rows.append(
+            Row(
+                name=recipe.name, method=recipe.method, trained=int(prefixes[0].card.training["trained"]),
+                kept=prefixes[0].num_values, seconds=statistics.mean(seconds), against_best={},
+                scores={m: [one[m].score for one in scored[recipe.name]] for m in plan.metrics},
+            )
+        )  # fmt: skip
+    rows.sort(key=lambda row: -row.mean(plan.metrics[0]))
+    if not rows:
+        return rows
+    best = scored[rows[0].name]
+    return [rows[0], *(replace(row, against_best=_against(scored[row.name], best, plan)) for row in rows[1:])]
+
+
+def _against(mine: Sequence[Any], best: Sequence[Any], plan: Plan) -> dict[str, Comparison]:
+    metric = plan.metrics[0]
+    return {
+        str(seed): compare_systems({metric: one[metric]}, {metric: other[metric]})[metric]
+        for seed, one, other in zip(plan.seeds, mine, best, strict=True)
+    }
+
+
+def _texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_table(rows: Sequence[Row], plan: Plan) -> None:
+    """`results.json` and `comparison.png` in the plan's folder."""
+    content = {"metrics": plan.metrics, "seeds": plan.seeds, "test_examples": len(plan.test),
+               "rows": [as_facts(row) for row in rows]}  # fmt: skip
+    atomic.write_bytes(plan.folder / "results.json", f"{json.dumps(content, indent=1)}\n".encode())
+    _plot(rows, plan)
+
+
+def as_facts(row: Row) -> dict[str, Any]:
+    """For JSON."""
+    against = {
+        seed: {"difference": c.difference, "low": c.low, "high": c.high, "p_value": c.p_value}
+        for seed, c in row.against_best.items()
+    }
+    return {"name": row.name, "method": row.method, "trained": row.trained, "kept": row.kept, "scores": row.scores,
+            "seconds": round(row.seconds, 1), "minus_the_best": against}  # fmt: skip
+
+
+def _plot(rows: Sequence[Row], plan: Plan) -> None:
+    from matplotlib.figure import Figure
+
+    metric = plan.metrics[0]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        axes.errorbar(row.kept, row.mean(metric), yerr=row.spread(metric), marker="o", capsize=3)
+        axes.annotate(row.name, (row.kept, row.mean(metric)), textcoords="offset points", xytext=(6, 5))
+    axes.set_xscale("log")
+    axes.set_xlabel("stored values")
+    axes.set_ylabel(f"{metric.replace('_', ' ')} on {len(plan.test):,} test sources")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(plan.folder / "comparison.png", dpi=130)
+
+
+def base_loader() -> Callable[[Recipe], Base]:
+    """Loads a recipe's base, once for recipes that name the same."""
+    loaded: dict[tuple[str, str | None, str], Base] = {}
+
+    def base_of(recipe: Recipe) -> Base:
+        key = recipe.base, recipe.base_revision, recipe.dtype
+        if key not in loaded:
+            loaded.clear()  # one at a time: they are large
+            loaded[key] = recipe_base(recipe)
+        return loaded[key]
+
+    return base_of

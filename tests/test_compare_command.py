@@ -1,0 +1,100 @@
+"""`antefix compare`: equal budgets, resumable runs, a table that says who is better."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_base
+from typer.testing import CliRunner
+
+from antefix.cli import app
+from antefix.errors import TrainingError
+from antefix.training import compare
+
+RECIPE = """
+name = "{name}"
+base = "base"
+dtype = "float32"
+method = "{method}"
+task = "classification"
+config = {config}
+[data]
+train = "animals.csv"
+dev = "animals.csv"
+reader = {{source_column = "text", target_column = "label"}}
+[training]
+max_steps = {steps}
+pairs_per_step = 12
+evaluations = 1
+learning_rate = 0.03
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    base = tiny_base("llama")
+    base.model.save_pretrained("base")
+    base.tokenizer.save_pretrained("base")
+    rows = [f"{noise} {kind},{label}" for kind, label in (("cat", "pet"), ("elk", "wild")) for noise in "abcdef"]
+    Path("animals.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    recipe("prefix", "p_tuning_v2", "{num_virtual_tokens = 4, initial_scale = 0.5}")
+    recipe("scales", "ia3", "{}")
+    return tmp_path
+
+
+def recipe(name: str, method: str, config: str, steps: int = 30) -> None:
+    Path(f"{name}.toml").write_text(RECIPE.format(name=name, method=method, config=config, steps=steps))
+
+
+WORDS = ("compare", "prefix.toml", "scales.toml", "--test", "animals.csv", "--out", "out", "--seeds", "0,1")
+
+
+def told(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+def test_recipes_are_compared_and_what_is_done_is_not_done_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    train = compare.run
+
+    def watched(prepared: Any, *arguments: Any, **options: Any) -> Any:
+        asked.append(prepared.method)
+        if len(asked) == 5:  # two probes, and two runs, are over
+            raise KeyboardInterrupt
+        return train(prepared, *arguments, **options)
+
+    monkeypatch.setattr(compare, "run", watched)
+    assert told(*WORDS).exit_code != 0
+    assert {p.name for p in Path("out").iterdir() if (p / "texts.jsonl").exists()} == {"prefix-0", "scales-0"}
+    said = told(*WORDS, "--json")
+    assert said.exit_code == 0, said.output
+    assert len(asked) == 5 + 2 + 2, "probes, and the runs that were missing"
+    found = json.loads(said.stdout)
+    assert found["metrics"] == ["accuracy"]
+    first, second = found["rows"]
+    assert {first["name"], second["name"]} == {"prefix", "scales"}
+    assert all(len(row["scores"]["accuracy"]) == 2 for row in found["rows"])
+    assert first["minus_the_best"] == {}
+    assert second["minus_the_best"]["0"]["difference"] <= 0
+    assert {row["name"]: row["kept"] for row in found["rows"]}["scales"] == 3 * (2 * 20 + 56) + 2 * 48 + 2
+    assert Path("out/comparison.png").stat().st_size > 1000
+    asked.clear()
+    table = told(*WORDS)
+    assert "prefix" in table.output
+    assert "minus the best" in table.output
+    assert asked == []
+
+
+def test_what_cannot_be_compared_is_told(folder: Path) -> None:
+    recipe("longer", "ia3", "{}", steps=31)
+    said = told("compare", "prefix.toml", "longer.toml", "--test", "animals.csv", "--out", "out")
+    assert isinstance(said.exception, TrainingError)
+    assert "differ in their pairs seen" in str(said.exception)
+    said = told("compare", "prefix.toml", "prefix.toml", "--test", "animals.csv", "--out", "out")
+    assert "two of the recipes have the same name" in str(said.exception)
+    said = told(*WORDS[:-1], "one")
+    assert str(said.exception) == "--seeds one: whole numbers, separated by commas"
