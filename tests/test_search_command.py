@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from antefix.cli import app
 from antefix.errors import AntefixError, RecipeError, TrainingError
 from antefix.prefix import Prefix
-from antefix.training import run
+from antefix.training import prepared, run
 from antefix.training.recipe import load_recipe
 from antefix.training.search import SearchReport, search
 from antefix.training.search_files import BEST_FILE, PLOT_FILE, RESULTS_FILE
@@ -366,8 +366,10 @@ def test_bleu_is_maximised(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_base_and_data_are_loaded_once_where_no_trial_changes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
     for name in ("load_base", "read"):
-        real = getattr(run, name)
-        monkeypatch.setattr(run, name, lambda *a, _real=real, _name=name, **k: (loads.append(_name), _real(*a, **k))[1])
+        real = getattr(prepared, name)
+        monkeypatch.setattr(
+            prepared, name, lambda *a, _real=real, _name=name, **k: (loads.append(_name), _real(*a, **k))[1]
+        )
     found()
     assert loads == ["read", "read", "load_base"]
     loads.clear()

@@ -159,7 +159,7 @@ def test_a_broken_head_is_refused(tmp_path: Path) -> None:
     card = json.loads((folder / "card.json").read_text())
     card["task"]["name"] = "guessing"
     (folder / "card.json").write_text(json.dumps(card))
-    with pytest.raises(PrefixFileError, match="task.name"):
+    with pytest.raises(PrefixFileError, match="task: Input tag 'guessing'"):
         Prefix.load(folder)
     del prefix.tensors["head.bias"]
     with pytest.raises(antefix.AntefixError, match="has no head for its 2 labels"):

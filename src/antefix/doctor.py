@@ -10,7 +10,7 @@ nothing but the arithmetic of attention does. Knows nothing of files, training o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any, cast
 
@@ -71,7 +71,8 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: everything above, sites layer by layer."""
-        return {**asdict(self), "can_carry_prefix": self.can_carry_prefix}
+        sites = None if self.sites is None else self.sites.to_dict()
+        return {**asdict(replace(self, sites=None)), "sites": sites, "can_carry_prefix": self.can_carry_prefix}
 
 
 def examine(base: Base) -> Diagnosis:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -57,7 +57,7 @@ class Card(BaseModel):
     config: dict[str, Any]
     positions: Positions
     base: BaseRecord
-    task: Task | None = None
+    task: Annotated[Task, Field(discriminator="name")] | None = None
     """What it labels, with the labels' names, or that it ranks; None: it writes texts."""
     text_format: dict[str, Any] = Field(default_factory=dict)
     """How a source becomes text: linearisation, separator, end token (see `antefix.data.TextFormat`)."""

@@ -7,9 +7,9 @@ both ways) and `cross`. Linear sites are the linear layers of a block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from antefix.errors import PrefixError
 
@@ -119,6 +119,11 @@ class Sites:
         site = next(s for s in self.layers.linear if s.name == name)
         same = (s for s in self.layers.linear if (s.layer, s.kind) == (site.layer, site.kind))
         return next(s.name for s in same if s.role.startswith("feed_forward"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: attention, layer by layer, and what holds for all."""
+        return {"attention": [asdict(site) for site in self.attention], "hidden_size": self.hidden_size,
+                "is_encoder_decoder": self.is_encoder_decoder, "positions": self.positions}  # fmt: skip
 
     def of_kinds(self, kinds: tuple[Kind, ...] | None = None) -> tuple[Site, ...]:
         """The sites of these kinds, in call order; all of them for None."""
