@@ -174,6 +174,8 @@ def test_what_cannot_be_searched_is_told() -> None:
         antefix.train(base, ANIMALS, method="bbt", task="classification")
     with pytest.raises(TrainingError, match=r"candidates = 25: a generation of 10 for each of 3 vectors takes 30"):
         run(ready("bbt_v2", candidates=25))
+    with pytest.raises(TrainingError, match=r"bbt\+ia3: what is found without gradients is searched alone"):
+        antefix.train(base, ANIMALS, method="bbt+ia3", bbt={"num_virtual_tokens": 2, "dimensions": 5}, ia3={})
     texts = [antefix.Example(source="a", targets=("b",)), antefix.Example(source="c", targets=("d",))]
     training = TrainingRecipe(black_box={"candidates": 20, "population": 5, "loss": "hinge"})
     with pytest.raises(TrainingError, match="'hinge' is for labels: leave it out"):

@@ -15,7 +15,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"benchmarks", "demo"},
-    {"doctor", "interop", "training", "bank", "generated_file", "merge"},
+    {"doctor", "interop", "training", "bank", "merge"},
     {"generation", "labels", "self_study"},
     {"choices", "frame_decoding"},
     {"batches"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"attention"},
     {"base"},
     {"quantised", "tasks", "accounting"},
-    {"embedded", "fingerprint", "products", "data", "decoding", "metrics", "settings", "tensor_file"},
+    {"embedded", "fingerprint", "products", "data", "decoding", "metrics", "settings", "tensor_file", "generated_file"},
     {"atomic", "pace", "processes", "strict_json"},
     {"errors"},
 ]

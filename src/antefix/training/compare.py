@@ -22,16 +22,14 @@ from antefix.data import read
 from antefix.data.example import Example
 from antefix.errors import TrainingError
 from antefix.generated_file import GeneratedFile
-from antefix.generation import generate_each
-from antefix.labels import label_each
 from antefix.metrics import evaluate
 from antefix.metrics.bootstrap import Comparison
 from antefix.metrics.bootstrap import compare as compare_systems
 from antefix.prefix import Prefix
 from antefix.tasks import METRICS_OF
-from antefix.training.prepared import Prepared, prepare_recipe, recipe_base
+from antefix.training.prepared import prepare_recipe, recipe_base
 from antefix.training.recipe import Recipe
-from antefix.training.run import run
+from antefix.training.run import answer_each, run
 
 TEXTS_FILE, PREFIX_FOLDER, RUN_FOLDER = "texts.jsonl", "prefix", "run"
 _PROBED_STEPS, _PROBED_SOURCES = 2, 4
@@ -144,7 +142,7 @@ def expected_seconds(plan: Plan, base_of: Callable[[Recipe], Base]) -> float:
         num_steps = prepared.num_steps
         started = time.perf_counter()
         with attached(base.model, prepared.module):
-            some = list(islice(_answers(base, plan.test[:_PROBED_SOURCES], prepared), _PROBED_SOURCES))
+            some = list(islice(answer_each(prepared, plan.test[:_PROBED_SOURCES]), _PROBED_SOURCES))
         answering = (time.perf_counter() - started) / len(some) * len(plan.test)
         short = prepared.training.model_copy(update={"max_steps": _PROBED_STEPS, "evaluations": 0})
         if not prepared.module.is_searched:
@@ -166,17 +164,11 @@ def finish(one: Run, plan: Plan, base: Base, watch: Callable[[Any], None], stop_
     file = GeneratedFile(one.folder / TEXTS_FILE, decides)
     left = [n for n in range(len(plan.test)) if n not in file.texts]
     with attached(base.model, prefix):
-        for index, text in _answers(base, [plan.test[n] for n in left], prepared) if left else ():
+        for index, text in answer_each(prepared, [plan.test[n] for n in left]) if left else ():
             file.add(left[index], text)
             if stop_requested():
                 raise KeyboardInterrupt
     file.finish([e.where for e in plan.test])
-
-
-def _answers(base: Base, examples: Sequence[Example], prepared: Prepared) -> Any:
-    if prepared.task is None:
-        return generate_each(base, examples, text_format=prepared.text_format, decoding=prepared.decoding)
-    return label_each(base, examples, task=prepared.task, text_format=prepared.text_format)
 
 
 def table(plan: Plan) -> list[Row]:

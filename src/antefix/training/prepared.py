@@ -156,6 +156,8 @@ def prepare(
     if parent is not None:
         parent.module(base.model)  # refuses the prefix of another base
     module = found.build(base, checked)
+    if not module.is_searched and any(m.is_searched for m in module.modules() if isinstance(m, MethodModule)):
+        raise TrainingError(f"{method}: what is found without gradients is searched alone; take it out of the union")
     if parent is not None and parent.card.positions != module.positions:
         raise PrefixError(
             f"{checked.parent} has {parent.card.positions} positions, this recipe {module.positions}: "

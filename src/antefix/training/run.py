@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from antefix.data.example import Example
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
 from antefix.errors import TrainingError
-from antefix.generation import generate
-from antefix.labels import label
+from antefix.generation import generate_each
+from antefix.labels import label_each
 from antefix.metrics import load, score
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.processes import failing_together, is_main, rejoined, shared
@@ -160,17 +160,18 @@ def _score_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
         mine, texts = shared(examples), []
         with failing_together():
             if mine:
-                texts = _answers(prepared, mine)
+                found = dict(answer_each(prepared, mine))
+                texts = [found[n] for n in range(len(mine))]
         return {f"dev_{name}": score([e.targets for e in examples], rejoined(texts), [name])[name]}
 
     return measure
 
 
-def _answers(prepared: Prepared, examples: Sequence[Example]) -> list[str]:
-    """What is written for these sources, or their labels."""
+def answer_each(prepared: Prepared, examples: Sequence[Example]) -> Iterator[tuple[int, str]]:
+    """`(index, text)` of what is written for these sources, their labels or choices, with what is attached."""
     if prepared.task is None:
-        return generate(prepared.base, examples, text_format=prepared.text_format, decoding=prepared.decoding)
-    return label(prepared.base, examples, text_format=prepared.text_format, task=prepared.task)
+        return generate_each(prepared.base, examples, text_format=prepared.text_format, decoding=prepared.decoding)
+    return label_each(prepared.base, examples, text_format=prepared.text_format, task=prepared.task)
 
 
 def _metric_versions(prepared: Prepared) -> dict[str, Any]:
