@@ -169,6 +169,7 @@ def test_training(base: str, data: str, tmp_path: Path) -> None:
 
 def test_training_in_full(base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "FORWARD_PAIRS", (4, 8))
+    monkeypatch.setattr(training, "STEP_PAIRS", (4, 8))
     monkeypatch.setattr(training, "SLOT_COUNTS", (1, 4))
     monkeypatch.setattr(training, "SOURCE_TOKENS", (2, 5))
     record = bench_training(replace(TRAINING, base=base, data=data), unseen)
@@ -211,7 +212,7 @@ def test_arms_that_do_not_agree_are_not_timed(base: str, data: str, monkeypatch:
 
 
 DECODING = DecodingBench(
-    base="", data="", precisions=("float32",), batch=4, new_tokens=5, num_slots=3, many_slots=12, rounds=1, quick=True
+    base="", data="", precisions=("float32",), batch=4, new_tokens=5, num_slots=3, many_slots=12, rounds=1, curves=False
 )
 
 

@@ -213,8 +213,8 @@ class TestKeptSources:
         ("name", "method", "changes", "message"),
         [
             ("llama", "prefix_tuning", {}, "where they see what is learned"),
-            ("llama", "infix", {"packed": False}, "takes no packed rows"),
-            ("bart", "infix", {}, "takes no packed rows"),
+            ("llama", "infix", {"packed": False}, "needs packed rows"),
+            ("bart", "infix", {}, "needs packed rows"),
             ("mistral", "infix", {}, "looks back on 4 tokens"),
         ],
     )

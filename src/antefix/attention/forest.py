@@ -2,9 +2,7 @@
 
 Every token names the token that stands before it in its own text, its *parent*; it sees itself and its ancestors. A
 tree is a source with its targets, a forest all trees of a batch. No token is padding, so that whatever a model does a
-token costs what the tokens cost. Only attention needs rows, and takes them apart here: a *run* is a stretch of tokens
-that follow each other; its queries look at one row of keys, the run's ancestors and the run itself. Runs of like
-lengths are computed together.
+token costs what the tokens cost. Only attention needs rows, and takes them apart here; see `antefix.attention.runs`.
 
 The forest travels through the model in the place of a mask, as whole numbers of shape (1, 1, 3, T): the parents (-1
 where a tree begins), the window (how many tokens back a token sees, itself counted), and whether a token is a target's
@@ -21,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,9 +29,9 @@ from torch.nn.functional import pad
 
 from antefix.attention.attend import attend, attend_partial
 from antefix.attention.partial import KeySet, Mask, Partial, Scores, additive_of_slots, fused_kernel_fits
+from antefix.attention.runs import ROOT, Runs, groups_of
 
-NO_WINDOW = 2**31
-_ROOT = -1
+NO_WINDOW = 2**31 - 1
 _ATTRIBUTE = "antefix_forest"
 
 
@@ -68,16 +67,15 @@ def plant(mask: Tensor, keys: Mapping[Any, KeySet]) -> None:
 
 @dataclass(frozen=True)
 class Forest:
-    """Runs in groups of like lengths."""
+    """Trees of tokens, taken apart in the way that attention needs when it is first asked."""
 
-    groups: list[Runs]
-    tree_of_token: Tensor
-    """(T,)"""
+    parents: list[int]
+    """Of every token; -1 where a tree begins."""
+    trees: list[int]
+    """Of every token."""
+    window: int
     is_target: Tensor
     """(T,)"""
-    place_of_token: Tensor
-    """(T,) where a token's query stands when all groups' queries (R times Q) are laid end to end."""
-    num_trees: int
     planted: dict[Any, KeySet] = field(default_factory=dict)
     """By attention module: what stands before the trees, N rows; see `plant`."""
     _gatherings: dict[tuple[int, bool, int, int], _Gathering] = field(default_factory=dict)
@@ -89,26 +87,39 @@ class Forest:
         parents, window = mask[0, 0, 0].tolist(), int(mask[0, 0, 1, 0])
         trees: list[int] = []
         for parent in parents:
-            trees.append((trees[-1] + 1 if trees else 0) if parent == _ROOT else trees[parent])
-        groups: dict[tuple[int, int], list[tuple[list[int], int]]] = {}
-        for keys, num_queries in _runs(parents):
-            groups.setdefault((_rung(len(keys)), _rung(num_queries)), []).append((keys, num_queries))
-        made = [Runs.of(members, trees, window, mask.device) for _, members in sorted(groups.items())]
-        place, start = torch.empty(len(parents), dtype=torch.long, device=mask.device), 0
-        for group in made:
-            flat = group.queries.flatten()
-            real = group.is_query.flatten()
-            place[flat[real]] = start + real.nonzero().squeeze(1)
-            start += len(flat)
-        return cls(made, torch.tensor(trees, device=mask.device), mask[0, 0, 2].bool(), place, trees[-1] + 1)
+            trees.append((trees[-1] + 1 if trees else 0) if parent == ROOT else trees[parent])
+        return cls(parents, trees, window, mask[0, 0, 2].bool())
+
+    @property
+    def num_trees(self) -> int:
+        return self.trees[-1] + 1
+
+    @cached_property
+    def tree_of_token(self) -> Tensor:
+        """(T,)"""
+        return torch.tensor(self.trees, device=self.is_target.device)
+
+    @cached_property
+    def groups(self) -> list[Runs]:
+        """Runs in groups of like lengths."""
+        return groups_of(self.parents, self.trees, self.window, self.is_target.device)
+
+    @cached_property
+    def place_of_token(self) -> Tensor:
+        """(T,) where a token's query stands when all groups' queries (R times Q) are laid end to end."""
+        token = torch.cat([group.queries.flatten() for group in self.groups])
+        real = torch.cat([group.is_query.flatten() for group in self.groups]).nonzero().squeeze(1)
+        place = torch.empty(len(self.parents), dtype=torch.long, device=token.device)
+        place[token[real]] = real
+        return place
 
     def attend(self, query_1HTD: Tensor, tokens: KeySet, slots: Sequence[KeySet], scores: Scores) -> Tensor:
         """Attention of every token over what it sees and over its tree's slots: 1, H, T, E.
 
         slots: key sets of N rows, or of one that all trees share.
         """
-        query_THD, key_TGD, value_TGE = (x[0].transpose(0, 1) for x in (query_1HTD, tokens.key_BGSD, tokens.value_BGSE))
         slots = [s for s in slots if s.key_BGSD.shape[2] > 0]
+        query_THD, key_TGD, value_TGE = (x[0].transpose(0, 1) for x in (query_1HTD, tokens.key_BGSD, tokens.value_BGSE))
         if scores.plain and fused_kernel_fits(query_1HTD, tokens.value_BGSE):
             out_THE = self._fused(query_THD, key_TGD, value_TGE, slots, scores.scale)
         else:
@@ -179,65 +190,6 @@ class Forest:
             mask, is_target = Mask(group.additive.to(query.dtype), None), self.is_target[group.queries]
             seen = [_of_trees(s, group.trees).seen_by(is_target) for s in slots]
             yield rows[0], KeySet(rows[1], rows[2], mask), seen
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Runs of like lengths, padded to the longest."""
-
-    queries: Tensor
-    """(R, Q) tokens; padding names token 0."""
-    is_query: Tensor
-    """(R, Q) False for padding."""
-    keys: Tensor
-    """(R, S) tokens; padding names token 0."""
-    trees: Tensor
-    """(R,)"""
-    additive: Tensor
-    """(R, 1, Q, S) 0 where a query sees a key, else -inf; float32."""
-
-    @classmethod
-    def of(cls, members: list[tuple[list[int], int]], trees: list[int], window: int, device: torch.device) -> Runs:
-        """From every run's keys, of which the last so many are its queries too."""
-        Q, S = max(q for _, q in members), max(len(keys) for keys, _ in members)
-        num_keys = torch.tensor([len(keys) for keys, _ in members])[:, None]
-        num_queries = torch.tensor([q for _, q in members])[:, None]
-        place_RQ = num_keys - num_queries + torch.arange(Q)  # of a query in its row of keys
-        distance_RQS = place_RQ[:, :, None] - torch.arange(S)
-        # A query that is padding sees what is left of the keys: never nothing, which kernels do not agree on.
-        visible = (distance_RQS >= 0) & ((distance_RQS < window) | (torch.arange(Q) >= num_queries)[:, :, None])
-        additive = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
-        return cls(
-            queries=torch.tensor([keys[-q:] + [0] * (Q - q) for keys, q in members], device=device),
-            is_query=(torch.arange(Q) < num_queries).to(device),
-            keys=torch.tensor([keys + [0] * (S - len(keys)) for keys, _ in members], device=device),
-            trees=torch.tensor([trees[keys[-1]] for keys, _ in members], device=device),
-            additive=additive[:, None].to(device),
-        )
-
-
-def _runs(parents: Sequence[int]) -> list[tuple[list[int], int]]:
-    """Every run as the tokens that it sees, itself last, and its own length."""
-    runs: list[tuple[list[int], int]] = []
-    chains: list[list[int]] = []  # of every token: its ancestors and itself, shared along a run
-    depths: list[int] = []
-    for token, parent in enumerate(parents):
-        if parent == token - 1 and parent != _ROOT:
-            chain = chains[parent]
-            runs[-1] = (chain, runs[-1][1] + 1)
-        else:
-            chain = [] if parent == _ROOT else chains[parent][: depths[parent]]
-            runs.append((chain, 1))
-        chain.append(token)
-        chains.append(chain)
-        depths.append(len(chain))
-    return runs
-
-
-def _rung(length: int) -> int:
-    """Lengths that are computed together: up to the next multiple of 16, of an eighth for longer ones."""
-    width = max(16, 1 << max((length - 1).bit_length() - 3, 0))
-    return -(-length // width) * width
 
 
 def _of_trees(slots: KeySet, trees: Tensor) -> KeySet:

@@ -38,14 +38,16 @@ def batch_of(form: BatchForm, encoded: Encoded, units: Sequence[Unit], model: Pr
 def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None, *, labels: bool = False) -> BatchForm:
     """Which form of batch the base takes; asked of the base itself, on one source of the data.
 
-    labels: whether texts are labelled, not written; their rows are padded. Raises TrainingError if packed rows were
+    packed: None packs on the processor alone. On an accelerator the many small steps that packed rows take apart into
+    cost more than the tokens that they save (`docs/experiments.md`). labels: whether texts are labelled, not written;
+    their rows are padded. Raises TrainingError if packed rows were
     asked for and the base gives other losses with them.
     """
     if labels:
         return "labels"
     if model.config.is_encoder_decoder:
         return "encoder_decoder"
-    if packed is False:
+    if packed is False or (packed is None and model.device.type != "cpu"):
         return "padded"
     forms: tuple[BatchForm, BatchForm] = ("packed", "padded")
     unit = _probe_unit(data)

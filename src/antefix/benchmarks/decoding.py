@@ -25,7 +25,15 @@ from antefix.benchmarks.peers import give_slots, peft_generate, peft_model
 from antefix.benchmarks.record import Curve, Record
 from antefix.benchmarks.rounds import Kept, Spread, Watch, interleave
 from antefix.benchmarks.worker import Worker
-from antefix.benchmarks.workload import Work, common_slots, load_workload, our_prefix, parameters_in_products, peak_mib
+from antefix.benchmarks.workload import (
+    Work,
+    common_slots,
+    finish,
+    load_workload,
+    our_prefix,
+    parameters_in_products,
+    peak_mib_on,
+)
 from antefix.errors import BenchmarkError
 from antefix.products import by_torch
 from antefix.quantised import is_quantised
@@ -45,9 +53,10 @@ class Decoding:
     """
 
     def __init__(
-        self, base: str, data: str, dtype: Dtype, batch: int, new_tokens: int, as_transformers: bool = False
-    ) -> None:
-        self.base, encoded = load_workload(base, data, dtype)
+        self, base: str, data: str, dtype: Dtype, batch: int, new_tokens: int, as_transformers: bool = False,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.base, encoded = load_workload(base, data, dtype, device=device)
         if as_transformers:
             by_torch(self.base.model)
         self._sources = [e.source for e in encoded.examples]
@@ -66,15 +75,17 @@ class Decoding:
         if len(sources) < count:
             raise BenchmarkError(f"{self._data} has {len(sources)} sources, the batch needs {count}")
         longest, pad = max(map(len, sources)), self.base.tokenizer.pad_token_id
-        return {
-            "input_ids": torch.tensor([[pad] * (longest - len(s)) + list(s) for s in sources]),
-            "attention_mask": torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sources]),
+        rows = {
+            "input_ids": [[pad] * (longest - len(s)) + list(s) for s in sources],
+            "attention_mask": [[0] * (longest - len(s)) + [1] * len(s) for s in sources],
         }
+        return {name: torch.tensor(values, device=self.base.model.device) for name, values in rows.items()}
 
     def generate(self, generate: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:
         """New tokens: (B, new)."""
         with torch.no_grad():
             out = generate(**inputs, generation_config=self._config)
+        finish(self.base.model.device)
         return out[:, inputs["input_ids"].shape[1] :]
 
     def first_logits(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -124,13 +135,17 @@ class OurDecoding:
 
     def peak_mib(self) -> float:
         """Peak memory of decoding above the model."""
-        return peak_mib(lambda: self.work(0))
+        return peak_mib_on(self._decoding.base.model.device, lambda: self.work(0))
 
     def bytes_per_step(self) -> int:
         """What one new token of the batch must read at the least: every weight that it is multiplied by."""
         model = self._decoding.base.model
         layers, head = parameters_in_products(model)
         return layers * (1 if is_quantised(model) else model.dtype.itemsize) + head * model.dtype.itemsize
+
+    def read_bandwidth(self) -> float:
+        """What this device's memory gives, in GB/s."""
+        return read_bandwidth_gb_s(device=self._decoding.base.model.device)
 
     def _made(self, num_slots: int, distinct: int) -> list[Any]:
         model = self._decoding.base.model
@@ -188,7 +203,7 @@ class PeftDecoding:
 
     def peak_mib(self) -> float:
         """Peak memory of decoding above the model."""
-        return peak_mib(lambda: self.work(0))
+        return peak_mib_on(self._decoding.base.model.device, lambda: self.work(0))
 
     def _group(self, place: int) -> dict[str, Tensor]:
         """The rows of one adapter, without the padding that other rows alone need."""
@@ -214,8 +229,8 @@ class DecodingBench:
     rounds: int = 9
     eight_bits: bool = False
     """Also a base with weights of eight bits beside the first of the precisions."""
-    quick: bool = False
-    """No curves."""
+    device: str = "cpu"
+    curves: bool = True
 
 
 def bench_decoding(bench: DecodingBench, watch: Watch, kept: Kept | None = None) -> Record:
@@ -228,7 +243,7 @@ def bench_decoding(bench: DecodingBench, watch: Watch, kept: Kept | None = None)
         _at_precision(bench, dtype, record, watch, kept)
     if bench.eight_bits:
         _at_eight_bits(bench, record, watch, kept)
-    if not bench.quick:
+    if bench.curves:
         record.curves = _growth(bench, watch)
     return record
 
@@ -271,7 +286,7 @@ def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Wat
         bare = f"bare base, {dtype}"
         gigabytes_a_token = arms[bare].call("bytes_per_step") / bench.batch / 1e9
         read = Spread.of([rate * gigabytes_a_token for rate in rates[bare]]).median
-        memory = read_bandwidth_gb_s()
+        memory = arms[bare].call("read_bandwidth")
     record.figures |= {f"GB/s of weights, {bare}": read, f"GB/s that memory gives, {dtype}": memory}
     for of, to in (
         (f"ours, {few}", "bare base"), (f"ours, {few}", PLAIN), (f"PEFT, {few}", PLAIN),
@@ -283,6 +298,7 @@ def _at_precision(bench: DecodingBench, dtype: Dtype, record: Record, watch: Wat
 def _workers(bench: DecodingBench, dtype: Dtype) -> dict[str, Callable[[], Worker]]:
     common = {
         "base": bench.base, "data": bench.data, "dtype": dtype, "batch": bench.batch, "new_tokens": bench.new_tokens,
+        "device": bench.device,
     }  # fmt: skip
     few, many = bench.num_slots, bench.many_slots
     arms = {"bare base": ("OurDecoding", few, 0), PLAIN: ("OurDecoding", few, 0)}
@@ -338,7 +354,7 @@ def _growth(bench: DecodingBench, watch: Watch) -> list[Curve]:
         "prefixes in 256 rows": {n: (few, n, 256) for n in DISTINCT},
     }
     options = {"base": bench.base, "data": bench.data, "dtype": dtype, "batch": 16, "new_tokens": 16,
-               "num_slots": few, "distinct": 1}  # fmt: skip
+               "num_slots": few, "distinct": 1, "device": bench.device}  # fmt: skip
     curves = []
     with Worker("antefix.benchmarks.decoding:OurDecoding", options) as arm:
 

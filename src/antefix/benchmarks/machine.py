@@ -13,17 +13,24 @@ from typing import Any
 
 import torch
 
+from antefix.benchmarks.workload import finish
 from antefix.products import onednn_pays, product
 
 LIBRARIES = ("antefix", "torch", "transformers", "peft", "torchao")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+_CPU = torch.device("cpu")
+_AT_ONCE = 20
 
 
-def description() -> dict[str, Any]:
-    """Processor, what it knows of matrices, threads, versions, and the commit where this code lies in a checkout."""
+def description(device: str = "cpu") -> dict[str, Any]:
+    """Processor, what it knows of matrices, threads, versions, and the commit where this code lies in a checkout.
+
+    device: an accelerator is named too.
+    """
     info = _cpuinfo()
     flags = set(info.get("flags", "").split())
-    return {
+    accelerator = {} if device == "cpu" else {"accelerator": _accelerator_name(device)}
+    return accelerator | {
         "processor": info.get("model name") or platform.processor() or platform.machine(),
         "features": [flag for flag in _CPU_FLAGS if flag in flags],
         "threads": torch.get_num_threads(),
@@ -36,42 +43,52 @@ def description() -> dict[str, Any]:
 
 
 def matrix_peak_gflops(
-    shapes: Iterable[tuple[int, int]], rows: Iterable[int], dtype: torch.dtype, seconds_each: float = 0.15
-) -> float:
+    shapes: Iterable[tuple[int, int]], rows: Iterable[int], dtype: torch.dtype, seconds_each: float = 0.15,
+    device: torch.device = _CPU,
+) -> float:  # fmt: skip
     """The best rate of `rows x in` times `in x out` over these (in, out) shapes, in GFLOP/s.
 
     By torch's choice of library or, for float32 where oneDNN pays, by oneDNN: whichever is faster.
     """
     best = 0.0
     libraries: list[Callable[..., torch.Tensor]] = [torch.nn.functional.linear]
-    if dtype == torch.float32 and onednn_pays():
+    if device == _CPU and dtype == torch.float32 and onednn_pays():
         libraries.append(product)
     for width_in, width_out in shapes:
-        weight = torch.randn(width_out, width_in).to(dtype)
+        weight = torch.randn(width_out, width_in, device=device).to(dtype)
         for count in rows:
-            x = torch.randn(count, width_in).to(dtype)
+            x = torch.randn(count, width_in, device=device).to(dtype)
             for multiply in libraries:
-                fastest = _fastest(lambda x=x, w=weight, multiply=multiply: multiply(x, w), seconds_each)
+                fastest = _fastest(lambda x=x, w=weight, multiply=multiply: multiply(x, w), seconds_each, device)
                 best = max(best, 2 * count * width_in * width_out / fastest / 1e9)
     return best
 
 
-def read_bandwidth_gb_s(mebibytes: int = 512, seconds: float = 0.5) -> float:
+def read_bandwidth_gb_s(mebibytes: int = 512, seconds: float = 0.5, device: torch.device = _CPU) -> float:
     """How fast memory that is in no cache is read, in GB/s: the bound of decoding one row."""
-    data = torch.ones(mebibytes * 2**20 // 4)
-    return data.numel() * 4 / _fastest(data.sum, seconds) / 1e9
+    data = torch.ones(mebibytes * 2**20 // 4, device=device)
+    return data.numel() * 4 / _fastest(data.sum, seconds, device) / 1e9
 
 
-def _fastest(work: Any, seconds: float) -> float:
+def _fastest(work: Any, seconds: float, device: torch.device) -> float:
+    """Seconds a time, at best; an accelerator is given several at once, since it begins late."""
+    times = 1 if device == _CPU else _AT_ONCE
     work()
+    finish(device)
     best, until = float("inf"), time.perf_counter() + seconds
     while True:
         started = time.perf_counter()
-        work()
+        for _ in range(times):
+            work()
+        finish(device)
         now = time.perf_counter()
-        best = min(best, now - started)
+        best = min(best, (now - started) / times)
         if now >= until:
             return best
+
+
+def _accelerator_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def _cpuinfo() -> dict[str, str]:

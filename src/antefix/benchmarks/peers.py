@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from antefix.base import Base, Dtype
-from antefix.benchmarks.workload import Work, common_slots, load_workload, peak_mib, with_sources
+from antefix.benchmarks.workload import Work, common_slots, finish, load_workload, peak_mib_on, with_sources
 from antefix.data.encode import Encoded
 from antefix.errors import BenchmarkError
 from antefix.products import by_torch
@@ -30,9 +30,9 @@ class PaddedTraining:
 
     def __init__(
         self, base: str, data: str, dtype: Dtype, trained: Literal["prefix", "full"], num_slots: int,
-        pairs_per_step: int, forward_pairs: int, sort: bool, sample: int | None = None,
+        pairs_per_step: int, forward_pairs: int, sort: bool, sample: int | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
-        self._base, data_of_file = load_workload(base, data, dtype, sample)
+        self._base, data_of_file = load_workload(base, data, dtype, sample, device)
         by_torch(self._base.model)  # as transformers loads it
         self._model: Any = self._base.model
         if trained == "full":
@@ -63,7 +63,7 @@ class PaddedTraining:
         with torch.no_grad():
             return float(self._model(**self._batch(pairs)).loss)
 
-    def set_forward_pairs(self, forward_pairs: int) -> None:
+    def set_forward_size(self, forward_pairs: int) -> None:
         """How many pairs go through the model together; a step may take several forward passes."""
         self.forward_pairs = forward_pairs
 
@@ -81,6 +81,7 @@ class PaddedTraining:
             nn.utils.clip_grad_norm_(self._trained, 1.0)
             self._optimiser.step()
             self._optimiser.zero_grad(set_to_none=True)
+        finish(self._base.model.device)
         return Work(num_steps * self._pairs_per_step, time.perf_counter() - started)
 
     def grow(self, seed: int, num_slots: int, source_tokens: int | None, pairs_per_step: int) -> Work:
@@ -99,7 +100,7 @@ class PaddedTraining:
 
     def peak_mib(self, seed: int) -> float:
         """Peak memory of one optimiser step above the model and the optimiser's state."""
-        return peak_mib(lambda: self.work(seed, 1))
+        return peak_mib_on(self._base.model.device, lambda: self.work(seed, 1))
 
     def _drawn(self, seed: int, num_steps: int) -> list[list[Pair]]:
         draw, size, forward = torch.Generator().manual_seed(seed), self._pairs_per_step, self.forward_pairs
@@ -138,7 +139,7 @@ class PaddedTraining:
             rows["input_ids"].append([*source, *target, *[pad] * gap])
             rows["attention_mask"].append([1] * length + [0] * gap)
             rows["labels"].append([*[_IGNORED] * len(source), *target, *[_IGNORED] * gap])
-        return {name: torch.tensor(values) for name, values in rows.items()}
+        return {name: torch.tensor(values, device=self._base.model.device) for name, values in rows.items()}
 
 
 def _spread(passes: Sequence[list[int]], count: int, draw: torch.Generator) -> list[list[int]]:

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Dtype
-from antefix.batches.batch import Batch, packed_batch
+from antefix.batches.batch import Batch
+from antefix.batches.form import batch_of
 from antefix.batches.head import pair_losses
 from antefix.benchmarks.machine import matrix_peak_gflops
 from antefix.benchmarks.peers import Pair
@@ -33,7 +34,7 @@ from antefix.benchmarks.workload import (
     load_workload,
     our_prefix,
     parameters_in_products,
-    peak_mib,
+    peak_mib_on,
     with_sources,
 )
 from antefix.data.encode import Encoded
@@ -46,7 +47,9 @@ from antefix.training.recipe import TrainingRecipe
 CHECKED: tuple[Pair, ...] = tuple((n, 0) for n in range(8))
 """The pairs on which arms must agree."""
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 3e-2}
-FORWARD_PAIRS = (8, 16, 32, 64)
+FORWARD_PAIRS, FORWARD_TOKENS = (8, 16, 32, 64, 128, 256), (1024, 4096, 16384)
+"""What a peer's forward pass may hold, and ours on an accelerator."""
+STEP_PAIRS = (8, 16, 32, 64)
 SLOT_COUNTS, SOURCE_TOKENS, _GROWTH_ROUNDS = (1, 16, 128, 512, 2048), (16, 64, 256, 1024), 3
 """Of the growth curves."""
 _FIRST_SEED = 1000
@@ -56,9 +59,10 @@ class OurTraining:
     """The training loop of `antefix train`."""
 
     def __init__(
-        self, base: str, data: str, dtype: Dtype, num_slots: int, sample: int | None = None, **training: Any
-    ) -> None:
-        self._base, self._data = load_workload(base, data, dtype, sample)
+        self, base: str, data: str, dtype: Dtype, num_slots: int, sample: int | None = None, device: str = "cpu",
+        **training: Any,
+    ) -> None:  # fmt: skip
+        self._base, self._data = load_workload(base, data, dtype, sample, device)
         self._set_slots(num_slots)
         self._recipe = TrainingRecipe(evaluations=0, **training)
 
@@ -72,8 +76,12 @@ class OurTraining:
         model = self._base.model
         units = [Unit(n, (t,)) for n, t in pairs]
         with torch.no_grad(), attached(model, our_prefix(model, common_slots(model, self._num_slots))):
-            total = pair_losses(model, packed_batch(self._data, units, model)).sum()
+            total = pair_losses(model, batch_of("packed", self._data, units, model)).sum()
         return float(total) / sum(len(self._data.examples[n].targets[t]) for n, t in pairs)
+
+    def set_forward_size(self, tokens_per_batch: int) -> None:
+        """How many tokens go through the model together."""
+        self._recipe = self._recipe.model_copy(update={"tokens_per_batch": tokens_per_batch})
 
     def work(self, seed: int, num_steps: int) -> Work:
         """Optimiser steps on pairs drawn with this seed; the time is the loop's own, without its set-up."""
@@ -109,15 +117,17 @@ class OurTraining:
         """The best GFLOP/s of a matrix product of this model's shapes, in its precision, in this process."""
         layers = [m for m in self._base.model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
         shapes = {(m.weight.shape[1], m.weight.shape[0]) for m in layers}  # as multiplied, or the same transposed
-        return matrix_peak_gflops(shapes, (256, 512, 1024), self._base.model.dtype)
+        device = self._base.model.device
+        rows = (256, 512, 1024) if device.type == "cpu" else (2048, 8192)
+        return matrix_peak_gflops(shapes, rows, self._base.model.dtype, device=device)
 
     def peak_mib(self, seed: int) -> float:
         """Peak memory of one optimiser step above the model."""
-        return peak_mib(lambda: self.work(seed, 1))
+        return peak_mib_on(self._base.model.device, lambda: self.work(seed, 1))
 
     def bare_peak_mib(self, seed: int) -> float:
         """The same of what nobody can do without: forward and backward to the input embeddings, no prefix."""
-        return peak_mib(lambda: self._bare_work(seed))
+        return peak_mib_on(self._base.model.device, lambda: self._bare_work(seed))
 
     def _bare_work(self, seed: int) -> None:
         model = self._base.model
@@ -136,7 +146,7 @@ class OurTraining:
         plan = steps(data, pairs_per_step=recipe.pairs_per_step, targets_per_row=recipe.targets_per_row, seed=seed)
         for units in islice(plan, num_steps):
             for part in microbatches(data, units, recipe.tokens_per_batch, packed=True):
-                yield packed_batch(data, part, self._base.model)
+                yield batch_of("packed", data, part, self._base.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +162,11 @@ class TrainingBench:
     """Train on so many pairs drawn one by one, which hardly share a source; None: on the whole file."""
     rounds: int = 15
     steps_per_round: int = 4
+    device: str = "cpu"
     quick: bool = False
     """No full fine-tuning, no curves, PEFT's sorted batches at 16 pairs a forward pass."""
+    curves: bool = True
+    """Unless quick."""
 
 
 def bench_training(bench: TrainingBench, watch: Watch, kept: Kept | None = None) -> Record:
@@ -179,7 +192,7 @@ def bench_training(bench: TrainingBench, watch: Watch, kept: Kept | None = None)
             record.figures |= _useful_work(arms[f"ours, {dtype}"], record.rounds[f"ours, {dtype}"], dtype, bench)
     _add_peaks(record, bench, watch)
     _add_ratios(record, bench)
-    if not bench.quick:
+    if bench.curves and not bench.quick:
         record.curves = _growth(bench, watch)
     return record
 
@@ -188,7 +201,7 @@ def _workers(bench: TrainingBench) -> dict[str, Callable[[], Worker]]:
     arms: dict[str, tuple[str, dict[str, Any]]] = {}
     for dtype in bench.precisions:
         common = {"base": bench.base, "data": bench.data, "dtype": dtype, "num_slots": bench.num_slots,
-                  "sample": bench.sample, "pairs_per_step": bench.pairs_per_step}  # fmt: skip
+                  "sample": bench.sample, "pairs_per_step": bench.pairs_per_step, "device": bench.device}  # fmt: skip
         padded = {**common, "trained": "prefix", "forward_pairs": 16}
         arms[f"ours, {dtype}"] = ("training:OurTraining", common)
         arms[f"PEFT sorted, {dtype}"] = ("peers:PaddedTraining", {**padded, "sort": True})
@@ -216,25 +229,33 @@ def _checked_losses(arms: dict[str, Worker], dtype: Dtype) -> dict[str, float]:
 
 
 def _best_forward(name: str, arm: Worker, bench: TrainingBench, watch: Watch, kept: Kept) -> dict[str, float]:
-    """How many pairs a peer's forward pass should hold, after a turn to warm up."""
+    """How much an arm's forward pass should hold, after a turn to warm up; empty where that is given."""
     watch(0, 1, f"warming up {name}")
     arm.call("work", 0, 1)
-    if bench.quick or "sorted" not in name:
+    choices = _forward_sizes(name, bench)
+    if not choices:
         return {}
-    choices = [c for c in FORWARD_PAIRS if c <= bench.pairs_per_step]
 
     def fastest() -> int:
         rates: dict[int, float] = {}
         for choice in choices:
             watch(len(rates), len(choices), f"how many at once serve {name} best")
-            arm.call("set_forward_pairs", choice)
+            arm.call("set_forward_size", choice)
+            arm.call("work", 1, 1)
             rates[choice] = arm.call("work", 1, 1).per_second
         return max(rates, key=rates.__getitem__)
 
-    what = _forward_pairs_of(name)
-    best = int(kept.choice(what, fastest))
-    arm.call("set_forward_pairs", best)
-    return {what: best}
+    best = int(kept.choice(_forward_size_of(name), fastest))
+    arm.call("set_forward_size", best)
+    return {_forward_size_of(name): best}
+
+
+def _forward_sizes(name: str, bench: TrainingBench) -> list[int]:
+    if bench.quick:
+        return []
+    if "sorted" in name:
+        return [pairs for pairs in FORWARD_PAIRS if pairs <= bench.pairs_per_step]
+    return list(FORWARD_TOKENS) if name.startswith("ours") and bench.device != "cpu" else []
 
 
 def _useful_work(ours: Worker, rates: Sequence[float], dtype: Dtype, bench: TrainingBench) -> dict[str, float]:
@@ -255,9 +276,9 @@ def _add_peaks(record: Record, bench: TrainingBench, watch: Watch) -> None:
     for number, (name, worker) in enumerate(workers.items()):
         watch(number, len(workers), f"peak memory, {name}")
         with worker() as arm:
-            forward_pairs = record.figures.get(_forward_pairs_of(name))
-            if forward_pairs is not None:
-                arm.call("set_forward_pairs", int(forward_pairs))
+            forward_size = record.figures.get(_forward_size_of(name))
+            if forward_size is not None:
+                arm.call("set_forward_size", int(forward_size))
             record.peak_mib[name] = arm.call("peak_mib", _FIRST_SEED)
     for dtype in bench.precisions:
         with _workers(bench)[f"ours, {dtype}"]() as ours:
@@ -265,8 +286,8 @@ def _add_peaks(record: Record, bench: TrainingBench, watch: Watch) -> None:
             record.figures[what] = ours.call("bare_peak_mib", _FIRST_SEED)
 
 
-def _forward_pairs_of(name: str) -> str:
-    return f"pairs a forward pass, {name}"
+def _forward_size_of(name: str) -> str:
+    return f"{'tokens' if name.startswith('ours') else 'pairs'} a forward pass, {name}"
 
 
 def _add_ratios(record: Record, bench: TrainingBench) -> None:
@@ -284,7 +305,7 @@ def _growth(bench: TrainingBench, watch: Watch) -> list[Curve]:
     settings: dict[tuple[str, int], tuple[int, int | None, int]] = {
         **{("slots", n): (n, None, 16) for n in SLOT_COUNTS},
         **{("source tokens", n): (bench.num_slots, n, 8) for n in SOURCE_TOKENS},
-        **{("pairs a step", n): (bench.num_slots, None, n) for n in FORWARD_PAIRS},
+        **{("pairs a step", n): (bench.num_slots, None, n) for n in STEP_PAIRS},
     }
     names = (f"ours, {dtype}", f"PEFT sorted, {dtype}")
     with ExitStack() as stack:

@@ -42,12 +42,14 @@ class Work:
         return self.count / self.seconds
 
 
-def load_workload(base: str, data: str, dtype: Dtype, sample: int | None = None) -> tuple[Base, Encoded]:
+def load_workload(
+    base: str, data: str, dtype: Dtype, sample: int | None = None, device: str = "cpu"
+) -> tuple[Base, Encoded]:
     """A base, and the pairs of a data file as token ids.
 
     sample: only so many pairs, drawn one by one (with a fixed seed), whatever source they belong to.
     """
-    loaded = load_base(base, dtype=dtype)
+    loaded = load_base(base, dtype=dtype, device=device)
     examples = [e for e in read(data) if e.targets]
     text_format = default_format([e.source for e in examples])
     encoded = encode(examples, text_format, loaded.tokenizer, Limits(context=loaded.context_length))
@@ -85,7 +87,7 @@ def our_prefix(model: PreTrainedModel, slots: Tensor) -> MethodModule:
     sites = find_sites(model)
     method = method_class("prefix_tuning")
     config = method.Config.model_validate({"num_virtual_tokens": slots.shape[0], "positions": "shifted"})
-    return method.restore(sites, config, split_matrix(slots, sites.attention))
+    return method.restore(sites, config, split_matrix(slots, sites.attention)).to(model.device)
 
 
 def parameters_in_products(model: PreTrainedModel) -> tuple[int, int]:
@@ -94,6 +96,28 @@ def parameters_in_products(model: PreTrainedModel) -> tuple[int, int]:
     products = (nn.Linear, Conv1D)
     layers = sum(int(m.weight.numel()) for m in model.modules() if isinstance(m, products) and m is not head)
     return layers, sum(p.numel() for p in head.parameters())
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what a device was given to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_mib_on(device: torch.device, work: Callable[[], object]) -> float:
+    """How far a piece of work takes the memory that tensors use above where it stands, in MiB.
+
+    On the processor see `peak_mib`; on an accelerator it is what its allocator has given out. The work is done once
+    before.
+    """
+    if device.type == "cpu":
+        return peak_mib(work)
+    work()
+    gc.collect()
+    torch.accelerator.reset_peak_memory_stats(device)
+    before = torch.accelerator.memory_allocated(device)
+    work()
+    return (torch.accelerator.max_memory_allocated(device) - before) / 2**20
 
 
 def peak_mib(work: Callable[[], object]) -> float:

@@ -19,6 +19,8 @@ Precision = Annotated[
     str | None,
     typer.Option(metavar="A,B", help="Of float32 and bfloat16; without: float32, and bfloat16 where it is native."),
 ]
+Device = Annotated[str, typer.Option(help="Where all arms work, as torch names it: `cpu`, `cuda`.")]
+Curves = Annotated[bool, typer.Option(help="Also growth curves, which take most of the time; none with --quick.")]
 Quick = Annotated[bool, typer.Option("--quick", help="The headline ratios, in minutes.")]
 Out = Annotated[Path | None, typer.Option(help="Also write a record, a page and a plot into this folder.")]
 
@@ -31,6 +33,8 @@ def train(
     pairs_per_step: Annotated[int, typer.Option(min=1, help="Pairs an optimiser step, in every arm.")] = 16,
     sample: Annotated[int | None, typer.Option(min=1, help="Pairs drawn one by one; without: the whole file.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
+    device: Device = "cpu",
+    curves: Curves = True,
     quick: Quick = False,
     out: Out = None,
     as_json: Json = False,
@@ -46,8 +50,9 @@ def train(
     from antefix.benchmarks.training import TrainingBench, bench_training
 
     settings = TrainingBench(
-        base=base, data=_data(data), precisions=_precisions(precision), pairs_per_step=pairs_per_step, sample=sample,
-        rounds=rounds or (3 if quick else 15), steps_per_round=1 if quick else 4, quick=quick,
+        base=base, data=_data(data), precisions=_precisions(precision, device), pairs_per_step=pairs_per_step,
+        sample=sample, rounds=rounds or (3 if quick else 15), steps_per_round=1 if quick else 4, quick=quick,
+        device=device, curves=curves,
     )  # fmt: skip
     _run(partial(bench_training, settings, kept=_kept(settings, out)), out, as_json)
 
@@ -62,6 +67,8 @@ def generate(
         bool, typer.Option("--int8", help="Also weights of eight bits, beside the first precision.")
     ] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
+    device: Device = "cpu",
+    curves: Curves = True,
     quick: Quick = False,
     out: Out = None,
     as_json: Json = False,
@@ -76,8 +83,9 @@ def generate(
     from antefix.benchmarks.decoding import DecodingBench, bench_decoding
 
     settings = DecodingBench(
-        base=base, data=_data(data), batch=batch, rounds=rounds or (3 if quick else 9), quick=quick,
-        precisions=_precisions("float32" if quick and precision is None else precision),
+        base=base, data=_data(data), batch=batch, rounds=rounds or (3 if quick else 9),
+        precisions=_precisions("float32" if quick and precision is None else precision, device),
+        device=device, curves=curves and not quick,
         new_tokens=16 if quick else 32, eight_bits=eight_bits,
     )  # fmt: skip
     _run(partial(bench_decoding, settings, kept=_kept(settings, out)), out, as_json)
@@ -99,7 +107,7 @@ def memory(
     from antefix.benchmarks.memory import MemoryBench, bench_memory
     from antefix.errors import BenchmarkError
 
-    if len(precisions := _precisions(precision)) > 1:
+    if len(precisions := _precisions(precision, "cpu")) > 1:
         raise BenchmarkError(f"--precision {precision}: one of float32 and bfloat16 here")
     (dtype,) = precisions
     settings = MemoryBench(
@@ -148,7 +156,7 @@ def _kept(settings: Any, out: Path | None) -> Any:
 
     given = asdict(settings)
     del given["rounds"]  # more of the same rounds can be had later
-    return Kept(out, {"settings": given, "machine": description()})
+    return Kept(out, {"settings": given, "machine": description(given.get("device", "cpu"))})
 
 
 def _data(data: str | None) -> str:
@@ -157,12 +165,12 @@ def _data(data: str | None) -> str:
     return str(TABLES) if data is None else data
 
 
-def _precisions(given: str | None) -> Any:
+def _precisions(given: str | None, device: str) -> Any:
     from antefix.base import native_precision
     from antefix.errors import BenchmarkError
 
     if given is None:  # bfloat16 that a processor does not multiply itself is many times slower, for every arm
-        return tuple(dict.fromkeys(("float32", native_precision("cpu"))))
+        return tuple(dict.fromkeys(("float32", native_precision(device))))
     names = tuple(name.strip() for name in given.split(","))
     if not set(names) <= {"float32", "bfloat16"}:
         raise BenchmarkError(f"--precision {given}: of float32 and bfloat16, separated by a comma")

@@ -106,5 +106,7 @@ def feed_of(
             "take a method whose slots targets alone see (infix)"
         )
     if form != "packed":
-        raise TrainingError(f"keep_source_states: this base takes no packed rows ({form}); leave it out")
+        raise TrainingError(
+            f"keep_source_states: it needs packed rows, these are {form}; set packed = true, or leave it out"
+        )
     return replace(feed, kept=KeptSources(model, attachment, data, recipe.tokens_per_batch))

@@ -81,7 +81,7 @@ class TrainingRecipe(_Section):
     """At most so many targets of one source stand in one row: more is faster, fewer mixes sources better. Two learn as
     much a pair as one does (see the results in the documentation)."""
     packed: bool | None = None
-    """Packed rows; None: wherever the base can (it is asked once, by comparing)."""
+    """Packed rows; None: on the processor, wherever the base can (it is asked once, by comparing)."""
     tokens_per_batch: int = Field(1024, ge=1)
     """Tokens of one forward pass, padding included; a step may take several."""
     optimiser: Literal["adamw", "adafactor"] = "adamw"
