@@ -109,6 +109,8 @@ ARCHITECTURES: dict[str, Callable[[], tuple[str, Any]]] = {
 DECODER_ONLY = ("gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3", "opt", "gpt_neox")
 ENCODER_DECODER = ("bart", "t5")
 ENCODER_ONLY = ("bert", "roberta")
+UNLIKE = ("gpt2", "llama", "gemma2", "bart", "bert")
+"""One of each way to count positions, to make scores and to read texts: for what the others do not do otherwise."""
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -344,6 +346,12 @@ def variant(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=UNLIKE)
+def unlike_architecture(request: pytest.FixtureRequest) -> str:
+    """For what would be the same on the other architectures."""
     return str(request.param)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import (
     ENCODER_DECODER,
     NOT_ON,
     SOURCE_COLUMNS,
+    UNLIKE,
     is_output,
     tell_sources,
     tiny_base,
@@ -31,7 +33,6 @@ from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodModule
 from antefix.sites import find_sites
 
-PADDINGS = ("none", "left", "right")
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
 """Logits of the tiny models are about 10 in size."""
 
@@ -74,8 +75,11 @@ def shifted(batch: dict[str, Tensor], modules: Sequence[MethodModule], rows: Seq
     return {**batch, "position_ids": batch["position_ids"] + torch.tensor(places)[:, None]}
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("rows", [[0, 0, 0, 0], [1, -1, 0, 0]], ids=["shared", "mixed"])
+@pytest.mark.parametrize(
+    ("rows", "padding"),
+    [([0, 0, 0, 0], "left"), *(([1, -1, 0, 0], padding) for padding in ("none", "left", "right"))],
+    ids=["shared-left", "mixed-none", "mixed-left", "mixed-right"],
+)
 def test_attached_is_the_reference_at_every_site(base: Base, method: str, rows: list[int], padding: str) -> None:
     """Logits and the gradient of every slot. What acts otherwise has its equations in test_branches.py."""
     batch, modules = tiny_batch(name_of(base), padding), tiny_pair(base, method)
@@ -121,9 +125,16 @@ def test_without_a_prefix_every_bit_is_the_bases(base: Base, method: str, implem
     model.set_attn_implementation(usual)
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_a_batch_equals_its_rows_alone_in_any_order(base: Base, method: str, padding: str) -> None:
+@pytest.fixture(scope="module", params=[*product(ARCHITECTURES, ["left"]), *product(UNLIKE, ["right"])], ids="-".join)
+def padded_base(request: pytest.FixtureRequest) -> tuple[Base, str]:
+    """A base, and how its rows are padded."""
+    name, padding = request.param
+    return tiny_base(name), padding
+
+
+def test_a_batch_equals_its_rows_alone_in_any_order(padded_base: tuple[Base, str], method: str) -> None:
     """Mixed with the prefixes of every other method, the last of them in the last row."""
+    base, padding = padded_base
     name = name_of(base)
     beside_the_text = (
         {"prompt_tuning", "prefix_propagation", "bbt", "bbt_v2"} if (name, padding) == ("t5", "left") else set()

@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, DECODER_ONLY, ENCODER_DECODER, tell_sources, tiny_base, tiny_batch, tiny_method, tiny_pair
+from conftest import (
+    CONTEXT,
+    DECODER_ONLY,
+    ENCODER_DECODER,
+    ENCODER_ONLY,
+    UNLIKE,
+    tell_sources,
+    tiny_base,
+    tiny_batch,
+    tiny_method,
+    tiny_pair,
+)  # fmt: skip
 from torch import Tensor, nn
 
 from antefix.attach import attached
@@ -21,6 +32,11 @@ ROWS = [0, 1, -1, 0]
 
 @pytest.fixture(scope="module", params=[*DECODER_ONLY, *ENCODER_DECODER])
 def base(request: pytest.FixtureRequest) -> Base:
+    return tiny_base(request.param)
+
+
+@pytest.fixture(scope="module", params=[name for name in UNLIKE if name not in ENCODER_ONLY])
+def unlike_base(request: pytest.FixtureRequest) -> Base:
     return tiny_base(request.param)
 
 
@@ -90,49 +106,51 @@ def test_greedy_decoding_with_shifted_positions(name: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"do_sample": True, "temperature": 3.0}], ids=["beams", "sampling"]
 )
-def test_beams_and_sampling_are_the_same_without_a_cache(base: Base, method: str, options: dict[str, Any]) -> None:
-    batch = prompts(base)
-    with mixed(base, method):
+def test_beams_and_sampling_are_the_same_without_a_cache(
+    unlike_base: Base, method: str, options: dict[str, Any]
+) -> None:
+    batch = prompts(unlike_base)
+    with mixed(unlike_base, method):
         texts = []
         for use_cache in (True, False):
             torch.manual_seed(5)
-            texts.append(written(base, batch, use_cache=use_cache, **options))
+            texts.append(written(unlike_base, batch, use_cache=use_cache, **options))
     assert torch.equal(*texts)
 
 
-def test_beams_write_for_a_batch_what_they_write_for_its_rows(base: Base, method: str) -> None:
-    batch = prompts(base)
-    with mixed(base, method) as attachment:
-        together = written(base, batch, num_beams=3)
+def test_beams_write_for_a_batch_what_they_write_for_its_rows(unlike_base: Base, method: str) -> None:
+    batch = prompts(unlike_base)
+    with mixed(unlike_base, method) as attachment:
+        together = written(unlike_base, batch, num_beams=3)
         assert isinstance(attachment, Attachment)
         for row, index in enumerate(ROWS):
             attachment.rows = [index]
             seen = batch["attention_mask"][row].bool()
             alone = {key: value[row : row + 1, seen] for key, value in batch.items()}
-            assert torch.equal(written(base, alone, num_beams=3)[0], together[row])
+            assert torch.equal(written(unlike_base, alone, num_beams=3)[0], together[row])
 
 
 @pytest.mark.parametrize("guess", ["prompt lookup", "assistant"])
-def test_guessing_ahead_changes_nothing(base: Base, method: str, guess: str) -> None:
-    batch = {key: value[:1] for key, value in prompts(base).items()}
+def test_guessing_ahead_changes_nothing(unlike_base: Base, method: str, guess: str) -> None:
+    batch = {key: value[:1] for key, value in prompts(unlike_base).items()}
     batch["input_ids"] = batch["input_ids"].repeat(1, 2)
     batch["attention_mask"] = batch["attention_mask"].repeat(1, 2)
-    if guess == "assistant" and tiny_method(base, method).symbols:
+    if guess == "assistant" and tiny_method(unlike_base, method).symbols:
         pytest.skip("an assistant does not know new tokens")
-    assistant = tiny_base(base.name.removeprefix("tiny-")).model
+    assistant = tiny_base(unlike_base.name.removeprefix("tiny-")).model
     options = {"prompt_lookup_num_tokens": 3} if guess == "prompt lookup" else {"assistant_model": assistant}
-    with mixed(base, method) as attachment:
+    with mixed(unlike_base, method) as attachment:
         attachment.rows = [0]
-        wanted = by_full_passes(base, batch)
-        assert torch.equal(written(base, batch, **options), wanted)
+        wanted = by_full_passes(unlike_base, batch)
+        assert torch.equal(written(unlike_base, batch, **options), wanted)
 
 
-def test_a_trainable_prefix_decodes_as_its_kept_self(base: Base, method: str) -> None:
-    batch, module = prompts(base), tiny_method(base, method)
-    with attached(base.model, module):
-        trained = written(base, batch)
-    with attached(base.model, module.requires_grad_(False)):
-        assert torch.equal(trained, written(base, batch))
+def test_a_trainable_prefix_decodes_as_its_kept_self(unlike_base: Base, method: str) -> None:
+    batch, module = prompts(unlike_base), tiny_method(unlike_base, method)
+    with attached(unlike_base.model, module):
+        trained = written(unlike_base, batch)
+    with attached(unlike_base.model, module.requires_grad_(False)):
+        assert torch.equal(trained, written(unlike_base, batch))
 
 
 def seen_positions(embedding: nn.Module, base: Base, batch: dict[str, Tensor], **options: Any) -> list[list[int]]:

@@ -129,11 +129,11 @@ def test_every_site_is_acted_at_and_every_slot_gets_a_gradient(architecture: str
                 assert bool((tensor.grad.abs().sum(dim=(0, 2)) > 0).all()), name
 
 
-def test_recomputing_activations_changes_neither_loss_nor_gradients(architecture: str, variant: Variant) -> None:
+def test_recomputing_activations_changes_neither_loss_nor_gradients(unlike_architecture: str, variant: Variant) -> None:
     method, changes = variant
-    base = tiny_base(architecture)
+    base = tiny_base(unlike_architecture)
     module = tiny_method(base, method, **changes).train()
-    batch = tiny_batch(architecture, "right")
+    batch = tiny_batch(unlike_architecture, "right")
 
     def one_pass() -> list[Tensor]:
         torch.manual_seed(4)  # of the slots' dropout
@@ -153,12 +153,12 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(architecture
         torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-6)
 
 
-def test_what_is_kept_says_what_was_trained(architecture: str, variant: Variant, tmp_path: Path) -> None:
+def test_what_is_kept_says_what_was_trained(unlike_architecture: str, variant: Variant, tmp_path: Path) -> None:
     """Restored from its tensors, and loaded from its folder."""
     method, changes = variant
-    base = tiny_base(architecture)
+    base = tiny_base(unlike_architecture)
     module = tiny_method(base, method, **changes).eval()
-    batch = tiny_batch(architecture)
+    batch = tiny_batch(unlike_architecture)
     tensors = module.kept_tensors()
     found = method_class(method)
     config = found.Config.model_validate({**METHOD_CONFIGS[method], **changes})

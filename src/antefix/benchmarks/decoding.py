@@ -20,7 +20,7 @@ from torch import Tensor
 
 from antefix.attach import attached
 from antefix.base import Dtype
-from antefix.benchmarks.machine import read_bandwidth_gb_s
+from antefix.benchmarks.machine import description, read_bandwidth_gb_s
 from antefix.benchmarks.peers import give_slots, peft_generate, peft_model
 from antefix.benchmarks.record import Curve, Record
 from antefix.benchmarks.rounds import Kept, Spread, Watch, interleave
@@ -238,7 +238,7 @@ def bench_decoding(bench: DecodingBench, watch: Watch, kept: Kept | None = None)
 
     Raises BenchmarkError where ours and PEFT's do not write the same.
     """
-    record = Record(bench="generate", settings=asdict(bench), unit="new tokens/s")
+    record = Record(bench="generate", settings=asdict(bench), unit="new tokens/s", machine=description(bench.device))
     for dtype in bench.precisions:
         _at_precision(bench, dtype, record, watch, kept)
     if bench.eight_bits:

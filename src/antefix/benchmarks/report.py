@@ -27,10 +27,11 @@ def write_report(record: Record, folder: Path) -> None:
 def markdown(record: Record) -> str:
     """Machine, arms, ratios, and what else was measured."""
     machine = record.machine
+    worker = machine.get("accelerator", machine["processor"])
     lines = [
         f"# antefix bench {record.bench}",
         "",
-        f"{machine['processor']}, {machine['threads']} threads ({', '.join(machine['features'])}); "
+        f"{worker}, {machine['threads']} threads ({', '.join(machine['features'])}); "
         + ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
         + (f"; commit {machine['commit']}" if machine["commit"] else ""),
         "",

@@ -23,7 +23,7 @@ from antefix.base import Dtype
 from antefix.batches.batch import Batch
 from antefix.batches.form import batch_of
 from antefix.batches.head import pair_losses
-from antefix.benchmarks.machine import matrix_peak_gflops
+from antefix.benchmarks.machine import description, matrix_peak_gflops
 from antefix.benchmarks.peers import Pair
 from antefix.benchmarks.record import Curve, Record
 from antefix.benchmarks.rounds import Kept, Spread, Watch, interleave
@@ -172,7 +172,7 @@ class TrainingBench:
 def bench_training(bench: TrainingBench, watch: Watch, kept: Kept | None = None) -> Record:
     """Run it, from the rounds that are kept. Raises BenchmarkError where arms disagree on a loss."""
     kept = kept or Kept()
-    record = Record(bench="train", settings=asdict(bench), unit="pairs/s")
+    record = Record(bench="train", settings=asdict(bench), unit="pairs/s", machine=description(bench.device))
     with ExitStack() as stack:
         arms = {name: stack.enter_context(worker()) for name, worker in _workers(bench).items()}
         for dtype in bench.precisions:
