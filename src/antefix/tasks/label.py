@@ -1,4 +1,4 @@
-"""Tasks that label whole texts (`classification`: one label) or their words (`tagging`: a tag each).
+"""Tasks that label whole texts (`classification`: one label), their words (`tagging`: a tag each) or triples.
 
 Labels are read off hidden states by a small head that is trained and kept with the prefix, or they are words of the
 base.
@@ -15,11 +15,12 @@ from antefix.data.encode import Encoded, EncodedExample, Limits, where_of
 from antefix.data.example import Example, Source, Words
 from antefix.data.linearise import TextFormat
 from antefix.errors import DataError
+from antefix.tasks.triples import FALSE, TRUE, encode_triple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LabelTaskName = Literal["classification", "tagging"]
+LabelTaskName = Literal["classification", "tagging", "triples"]
 
 
 class LabelTask(BaseModel):
@@ -41,6 +42,8 @@ class LabelTask(BaseModel):
     @classmethod
     def of(cls, name: LabelTaskName, examples: Sequence[Example]) -> LabelTask:
         """With the labels that these examples have. Raises DataError where they are not the task's kind."""
+        if name == "triples":
+            return cls(name=name, labels=(TRUE, FALSE))
         labels: set[str] = set()
         for example in examples:
             if name == "tagging" and not isinstance(example.source, Words):
@@ -120,9 +123,10 @@ class LabelTask(BaseModel):
         for_encoder: bool,
         where: str,
     ) -> tuple[list[int], list[int], bool]:
-        if self.name == "classification":
+        if self.name != "tagging":
+            encode = encode_triple if self.name == "triples" else _encode_text
             try:
-                ids, cut = text_format.encode_source_cut(tokenizer, source, for_encoder=for_encoder)
+                ids, cut = encode(source, text_format, tokenizer, for_encoder=for_encoder)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
             return ids, [0 if for_encoder else len(ids) - 1], cut
@@ -144,5 +148,11 @@ class LabelTask(BaseModel):
         return tuple(number_of[label] for label in labels)
 
 
+def _encode_text(
+    source: Source, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
+) -> tuple[list[int], bool]:
+    return text_format.encode_source_cut(tokenizer, source, for_encoder=for_encoder)
+
+
 def _labels_in(name: LabelTaskName, target: str) -> list[str]:
-    return [target] if name == "classification" else target.split()
+    return target.split() if name == "tagging" else [target]
