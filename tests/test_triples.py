@@ -36,7 +36,7 @@ from antefix.metrics.ranks import rank, rank_scores
 from antefix.prefix import Prefix
 from antefix.sites import find_sites
 from antefix.tasks import LabelTask
-from antefix.tasks.triples import Triple, corrupted, encode_triple, true_triples, with_negatives
+from antefix.tasks.triples import Triple, TripleEncoder, corrupted, true_triples, with_negatives
 from antefix.training.prepared import Prepared, prepare
 from antefix.training.recipe import TrainingRecipe
 
@@ -161,24 +161,24 @@ class TestTexts:
         module = tiny_method(base, "palt", begin=2, middle=1, end=1)
         text_format = module.with_symbols(TextFormat(linearise="triples"))
         new = base.tokenizer_with(module.symbols)
-        ids, cut = encode_triple(Triples((("ab", "c", "d"),)), text_format, new, for_encoder=True)
+        ids, cut = TripleEncoder(text_format, new, for_encoder=True)(Triples((("ab", "c", "d"),)))
         a, b, c, d, space = (tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in "abcd ")
         assert ids == [1, 263, 264, a, b, space, c, 265, 2, d, 266, 2]
         assert not cut
-        plain, _ = encode_triple(Triples((("ab", "c", "d"),)), TextFormat(), tokenizer, for_encoder=True)
+        plain, _ = TripleEncoder(TextFormat(), tokenizer, for_encoder=True)(Triples((("ab", "c", "d"),)))
         assert plain == [1, a, b, space, c, 2, d, 2]
 
     def test_the_longer_text_is_cut_and_prompts_never(self) -> None:
         tokenizer = pair_tokenizer()
         text_format = TextFormat(before_source="!", max_source_tokens=5)
-        ids, cut = encode_triple(Triples((("abc", "d", "efg"),)), text_format, tokenizer, for_encoder=True)
+        ids, cut = TripleEncoder(text_format, tokenizer, for_encoder=True)(Triples((("abc", "d", "efg"),)))
         assert cut
         assert tokenizer.decode(ids) == "<s>!ab</s>efg</s>"
 
     def test_a_causal_base_gets_one_text(self) -> None:
         tokenizer = tiny_base("llama").tokenizer
         task = LabelTask.of("triples", [])
-        ids, places = task.encode_source(Triples((("a", "b", "c"),)), TextFormat(), tokenizer, for_encoder=False)
+        ids, places, _ = task.encoder(TextFormat(), tokenizer, for_encoder=False)(Triples((("a", "b", "c"),)))
         assert tokenizer.decode(ids) == "a b\nc\n"
         assert places == [len(ids) - 1]
 

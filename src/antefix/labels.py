@@ -87,12 +87,12 @@ def scores_each(
     plain = [s.source if isinstance(s, Example) else s for s in sources]
     rows = rows_of_sources(base.model, len(plain))
     index = [0] * len(plain) if rows is None else rows.tolist()
-    tokenizers = {n: base.tokenizer_with(attachment.symbols_of(n)) for n in set(index)}
     for_encoder = not find_sites(base.model).is_causal
-    encoded = [
-        labelling[n].encode_source(source, formats[n], tokenizers[n], for_encoder=for_encoder)
-        for source, n in zip(plain, index, strict=True)
-    ]
+    encoders = {
+        n: labelling[n].encoder(formats[n], base.tokenizer_with(attachment.symbols_of(n)), for_encoder=for_encoder)
+        for n in set(index)
+    }
+    encoded = [encoders[n](source) for source, n in zip(plain, index, strict=True)]
     order = sorted(range(len(plain)), key=lambda n: -len(encoded[n][0]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from antefix.data.encode import where_of
@@ -88,36 +89,40 @@ def with_negatives(examples: Sequence[Example], negatives: int, seed: int, num_d
     return made
 
 
-def encode_triple(
-    source: Source, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
-) -> tuple[list[int], bool]:
-    """Token ids of a triple, and whether it was cut.
+class TripleEncoder:
+    """Triples as token ids, by one text format and tokenizer. A graph has few texts: each is tokenised once.
 
     An encoder gets a pair of texts, head and relation before its tail, each with what the text format puts around it;
     other bases get them as one text. Of triples longer than `max_source_tokens` the longer text is cut, token by token;
-    what stands around is not counted. Raises DataError for what is no triple.
+    what stands around is not counted.
     """
-    if not isinstance(source, Triples) or len(source.triples) != 1:
-        raise DataError("a single triple is needed")
-    head, relation, tail = source.triples[0]
-    if not for_encoder:
-        text = f"{head} {relation}{text_format.separator}{tail}{text_format.after_target}"
-        plain = text_format.model_copy(update={"linearise": "plain"})
-        return plain.encode_source_cut(tokenizer, text)
-    first, second = (_ids(tokenizer, text) for text in (f"{head} {relation}", tail))
-    most, cut = text_format.max_source_tokens, False
-    while most is not None and len(first) + len(second) > most:
-        (first if len(first) >= len(second) else second).pop()
-        cut = True
-    first = [*_ids(tokenizer, text_format.instruction + text_format.before_source), *first]
-    first += _ids(tokenizer, text_format.separator.strip())
-    second = [*_ids(tokenizer, text_format.before_target), *second, *_ids(tokenizer, text_format.after_target)]
-    opening, between, closing = _around_pairs(tokenizer)
-    return [*opening, *first, *between, *second, *closing], cut
 
+    def __init__(self, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool) -> None:
+        self._format, self._tokenizer, self._for_encoder = text_format, tokenizer, for_encoder
+        self._ids = cache(self._tokenised)
+        self._around = tuple(_around_pairs(tokenizer)) if for_encoder else ()
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def __call__(self, source: Source) -> tuple[list[int], bool]:
+        """Token ids, and whether the triple was cut. Raises DataError for what is no triple."""
+        if not isinstance(source, Triples) or len(source.triples) != 1:
+            raise DataError("a single triple is needed")
+        head, relation, tail = source.triples[0]
+        made = self._format
+        if not self._for_encoder:
+            text = f"{head} {relation}{made.separator}{tail}{made.after_target}"
+            return made.model_copy(update={"linearise": "plain"}).encode_source_cut(self._tokenizer, text)
+        first, second = list(self._ids(f"{head} {relation}")), list(self._ids(tail))
+        cut = False
+        while made.max_source_tokens is not None and len(first) + len(second) > made.max_source_tokens:
+            (first if len(first) >= len(second) else second).pop()
+            cut = True
+        first = [*self._ids(made.instruction + made.before_source), *first, *self._ids(made.separator.strip())]
+        second = [*self._ids(made.before_target), *second, *self._ids(made.after_target)]
+        opening, between, closing = self._around
+        return [*opening, *first, *between, *second, *closing], cut
+
+    def _tokenised(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 
 
 def _around_pairs(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
