@@ -298,6 +298,15 @@ def test_rows_of_unlike_prefixes_read_prompts_of_their_own() -> None:
     torch.testing.assert_close(torch.tensor(mixed), torch.tensor(wanted))
 
 
+def test_a_union_has_the_prompts_of_its_member() -> None:
+    training = MEMORISED.model_copy(update={"max_steps": 2})
+    base = tiny_base("bert")
+    prefix = antefix.train(base, GRAPH, dev=GRAPH, method="lora+palt", task="triples", training=training)
+    assert prefix.card.text_format["separator"] == "".join(f"<prompt {n}>" for n in range(10, 20))
+    with attached(base.model, prefix):
+        assert all(0 < likelihood < 1 for likelihood in likelihoods(base, EATS))
+
+
 def graph_files(folder: Path) -> None:
     """A graph as KG-BERT's data sets come."""
     folder.mkdir()

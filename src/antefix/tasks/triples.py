@@ -1,7 +1,7 @@
 """The task of telling true triples from false ones: their texts, and false ones to learn from.
 
 A data set holds true triples. False ones are drawn: a triple with another head, another relation or another tail, that
-is not in the same file (it may be in the dev or the test set, as in PALT's released code: Shen et al. 2022, arXiv
+is not in the same file (it may be true by another one: so does PALT's released code, Shen et al. 2022, arXiv
 2210.13715). Entities and relations are told apart by their texts. Knows examples and tokenizers, nothing of models.
 """
 
