@@ -60,6 +60,8 @@ def allowed(field: dict[str, Any]) -> str:
     if "anyOf" in kind.get("items", {}):
         return "list of values"
     pattern = [f"matching `{kind['pattern']}`"] if "pattern" in kind else []
+    if kind.get("items", {}).get("type") == "integer":
+        return "list of integers"
     return ", ".join([KINDS.get(kind.get("type", "object"), "section"), *limits, *pattern])
 
 

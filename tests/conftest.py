@@ -201,6 +201,7 @@ METHOD_CONFIGS: dict[str, dict[str, Any]] = {
     "mam": {"prefix_tuning": _SLOTS, "adapter": {"form": "parallel", "width": 4, "initial_scale": 0.5}},
     "ntk_attention": {"initial_scale": 1.0},
     "p_tuning_v2": {**_SLOTS, "dropout": 0.0},
+    "palt": {"begin": 2, "middle": 1, "end": 1, "embedding_width": 7, "initial_scale": 0.2},
     "pip_direct": _SLOTS,
     "pip_indirect": _SLOTS,
     "prefix_memory": {"initial_scale": 0.5},
@@ -247,6 +248,10 @@ METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "mam": {"short": {"prefix_tuning": {**_SLOTS, "num_virtual_tokens": 2}}},
     "ntk_attention": {"low rank": {"rank": 2}, "softplus": {"mass": "softplus"}},
     "p_tuning_v2": {"short": {"num_virtual_tokens": 2}, "dropout": {"dropout": 0.2}},
+    "palt": {
+        "begin": {"begin": 1, "middle": 0, "end": 0},
+        "first layer": {"layers": [0]},
+    },
     "pip_direct": {"short": {"num_virtual_tokens": 2}, "network": {"parametrisation": "network", "hidden_width": 9}},
     "pip_indirect": {"short": {"num_virtual_tokens": 2}, "along the sequence": {"cosine_axis": "sequence"}},
     "prefix_memory": {"after the projection": {"place": "after_projection"}, "gelu": {"feature_map": "gelu"}},
@@ -277,6 +282,7 @@ for _name in METHODS:  # one that is listed in neither is swept as it is
 NOT_ON = {
     "cartridge": (*ENCODER_ONLY, *ENCODER_DECODER),  # their tokens cannot stand behind slots
     "infix": ENCODER_ONLY,
+    "palt": (*DECODER_ONLY, *ENCODER_DECODER),  # it asks an encoder
     "special_tokens": (*ENCODER_ONLY, *ENCODER_DECODER),
     "soft_infix": (*ENCODER_ONLY, *ENCODER_DECODER),  # nothing stands between source and target there
     "pip_direct": (*DECODER_ONLY, *ENCODER_ONLY, "t5"),  # a state of this T5 does not split into its heads

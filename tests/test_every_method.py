@@ -37,6 +37,7 @@ Variant = tuple[str, dict[str, Any]]
 def loss_of(base: Base, batch: dict[str, Tensor]) -> Tensor:
     """The negative log-likelihood of random tokens."""
     tell_sources(base)
+    batch = with_prompts(base, batch)
     real = is_output(batch)
     labels = torch.randint(3, 200, (int(real.sum()),), generator=torch.Generator().manual_seed(3))
     loss = torch.nn.functional.cross_entropy(base.model(**batch).logits[real], labels)
@@ -44,6 +45,18 @@ def loss_of(base: Base, batch: dict[str, Tensor]) -> Tensor:
     modules = [p for p in attachment.prefixes if isinstance(p, MethodModule)] if attachment else []
     further = [m.auxiliary_loss(attachment.condition) for m in modules if attachment]
     return loss + sum(f for f in further if f is not None)
+
+
+def with_prompts(base: Base, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An encoder scores no new tokens: they are learned where texts hold them."""
+    attachment = current_attachment(base.model)
+    symbols = () if attachment is None else attachment.symbols_of(0)
+    if not symbols or find_sites(base.model).is_causal:
+        return batch
+    first = base.model.get_input_embeddings().weight.shape[0]
+    ids = batch["input_ids"].clone()
+    ids[:, 1 : 1 + len(symbols)] = torch.arange(first, first + len(symbols))
+    return {**batch, "input_ids": ids}
 
 
 def snapshot(module: torch.nn.Module) -> list[Tensor]:

@@ -15,7 +15,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"benchmarks", "demo"},
-    {"doctor", "interop", "training", "bank", "merge"},
+    {"doctor", "interop", "training", "bank", "merge", "link_prediction"},
     {"generation", "labels", "self_study"},
     {"choices", "frame_decoding"},
     {"batches"},

@@ -105,11 +105,11 @@ def test_places_are_first_tokens_in_encoders_and_last_ones_in_decoders() -> None
     task = LabelTask.of("tagging", TAGGED)
     source = Words(("ab", "m", "cd"))
     for for_encoder, wanted in ((True, [0, 2, 3]), (False, [1, 2, 4])):
-        ids, places = task.encode_source(source, TextFormat(linearise="words"), tokenizer, for_encoder=for_encoder)
+        ids, places, _ = task.encoder(TextFormat(linearise="words"), tokenizer, for_encoder=for_encoder)(source)
         assert len(ids) == 5
         assert places == wanted
     task = LabelTask.of("classification", ANIMALS)
-    ids, places = task.encode_source("a cat", TextFormat(), tokenizer, for_encoder=False)
+    ids, places, _ = task.encoder(TextFormat(), tokenizer, for_encoder=False)("a cat")
     assert places == [len(ids) - 1]
 
 

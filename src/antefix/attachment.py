@@ -116,11 +116,11 @@ class Attachment:
                 hidden = any(b.needs_hidden_states for b in branches)
                 stack = SiteStack(self, site, has_branches=bool(branches), needs_hidden_states=hidden, rows=rows)
                 found.append(stack)
+        if any(m.new_tokens is not None for m in made):  # before what acts on embeddings
+            found.append(NewTokens(self, self._model, are_scored=self._sites.is_causal))
         found += linear_stacks(self, self._sites, [m.linear for m in made])
         if any(m.inserted is not None for m in made):
             found.append(InsertedTokens(self, self._model, [m.inserted for m in made]))
-        if any(m.new_tokens is not None for m in made):
-            found.append(NewTokens(self, self._model))
         if any(not m.acts_on_rows for m in self._modules):
             if len(self._modules) > 1:
                 raise PrefixError(f"{_WEIGHTS_FOR_ALL}: attach it alone")

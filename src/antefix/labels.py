@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from antefix.attach import current_attachment, rows_of_batch, rows_of_sources, told
+from antefix.attachment import Attachment
 from antefix.base import Base
 from antefix.batches.batch import right_padded
 from antefix.choices import choose_each
@@ -54,34 +55,51 @@ def label_each(
     batch_size: int = 32,
 ) -> Iterator[tuple[int, str]]:
     """`(index, labels)` as batches are done, longest sources first. See `label`."""
-    attachment = current_attachment(base.model)
-    if attachment is None:
-        raise GenerationError("to label texts, attach a prefix that was trained to classify or to tag")
-    tasks = [task or _task_of(prefix) for prefix in attachment.prefixes]
+    tasks = _tasks_of(base, task)
     if not sources:
         raise GenerationError("nothing to label: the list of sources is empty")
-    text_format = text_format or _format_of(attachment.prefixes[0])
     if len(ranking := [t for t in tasks if isinstance(t, RankingTask)]) == len(tasks):
         with_choices = [s for s in sources if isinstance(s, Example) and s.choices]
         if len(with_choices) < len(sources):
             raise GenerationError("what is attached ranks choices: give examples that have some")
-        yield from choose_each(base, with_choices, ranking[0], text_format, batch_size)
+        formats = _formats_of(base, text_format)
+        yield from choose_each(base, with_choices, ranking[0], formats[0], batch_size)
         return
+    for n, labels, scores in scores_each(base, sources, task=task, text_format=text_format, batch_size=batch_size):
+        yield n, labels.text_of(scores.argmax(-1).tolist())
+
+
+@torch.no_grad()
+def scores_each(
+    base: Base,
+    sources: Sequence[Example | Source],
+    *,
+    task: Task | None = None,
+    text_format: TextFormat | None = None,
+    batch_size: int = 32,
+) -> Iterator[tuple[int, LabelTask, Tensor]]:
+    """`(index, its task, scores)` as batches are done; scores: (N, K), of K labels at N places. See `label`."""
+    tasks = _tasks_of(base, task)
     labelling = [t for t in tasks if isinstance(t, LabelTask)]
     if len(labelling) < len(tasks):
         raise GenerationError("prefixes that label and others that rank are attached: they cannot share a batch")
+    formats, attachment = _formats_of(base, text_format), _attachment(base)
     plain = [s.source if isinstance(s, Example) else s for s in sources]
-    encoded = [_encoded(base, labelling[0], text_format, source) for source in plain]
     rows = rows_of_sources(base.model, len(plain))
+    index = [0] * len(plain) if rows is None else rows.tolist()
+    for_encoder = not find_sites(base.model).is_causal
+    encoders = {
+        n: labelling[n].encoder(formats[n], base.tokenizer_with(attachment.symbols_of(n)), for_encoder=for_encoder)
+        for n in set(index)
+    }
+    encoded = [encoders[n](source) for source, n in zip(plain, index, strict=True)]
     order = sorted(range(len(plain)), key=lambda n: -len(encoded[n][0]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         with rows_of_batch(base.model, rows, batch):
             states = _states(base, [encoded[n][0] for n in batch])
         for place, n in enumerate(batch):
-            index = 0 if rows is None else int(rows[n])
-            scores = attachment.head_of(index)(states[place, encoded[n][1]])
-            yield n, labelling[index].text_of(scores.argmax(-1).tolist())
+            yield n, labelling[index[n]], attachment.head_of(index[n])(states[place, encoded[n][1]])
 
 
 def _states(base: Base, ids: Sequence[list[int]]) -> Tensor:
@@ -91,8 +109,19 @@ def _states(base: Base, ids: Sequence[list[int]]) -> Tensor:
         return last_hidden_states(base.model, {"input_ids": padded, "attention_mask": mask})
 
 
-def _encoded(base: Base, task: LabelTask, text_format: TextFormat, source: Source) -> tuple[list[int], list[int]]:
-    return task.encode_source(source, text_format, base.tokenizer, for_encoder=not find_sites(base.model).is_causal)
+def _attachment(base: Base) -> Attachment:
+    attachment = current_attachment(base.model)
+    if attachment is None:
+        raise GenerationError("to label texts, attach a prefix that was trained to classify or to tag")
+    return attachment
+
+
+def _tasks_of(base: Base, task: Task | None) -> list[Task]:
+    return [task or _task_of(prefix) for prefix in _attachment(base).prefixes]
+
+
+def _formats_of(base: Base, text_format: TextFormat | None) -> list[TextFormat]:
+    return [text_format or _format_of(prefix) for prefix in _attachment(base).prefixes]
 
 
 def _task_of(prefix: Prefix | MethodModule) -> Task:

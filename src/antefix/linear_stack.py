@@ -30,6 +30,7 @@ def linear_stacks(attachment: AtWork, sites: Sites, parts: Sequence[Mapping[str,
         return []
     layers = sites.layers
     known = {s.name for s in layers.linear} | {s.name for s in layers.norms} | layers.biased.keys()
+    known |= {layers.embeddings}
     if unknown := names.keys() - known:
         raise PrefixError(f"the base has no layer '{min(unknown)}': load the base that the prefix was trained on")
     reading = {

@@ -23,10 +23,11 @@ from antefix.errors import PrefixError
 class NewTokens:
     """The new tokens of all attached prefixes."""
 
-    def __init__(self, attachment: AtWork, model: PreTrainedModel) -> None:
+    def __init__(self, attachment: AtWork, model: PreTrainedModel, *, are_scored: bool) -> None:
+        """are_scored: whether they can be written; else they are only read, as by an encoder."""
         self._attachment = attachment
         self._embeddings: Any = model.get_input_embeddings()
-        self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._head: Any = model.get_output_embeddings() if are_scored else None  # type: ignore[no-untyped-call]
         self._model = model
         self._ids: Tensor | None = None
         self._absent: Tensor | None = None
@@ -37,9 +38,10 @@ class NewTokens:
         self._handles = [
             self._embeddings.register_forward_pre_hook(self._keep_ids),
             self._embeddings.register_forward_hook(self._read),
-            self._head.register_forward_hook(self._score),
-            self._model.register_forward_hook(self._rule_out),
         ]
+        if self._head is not None:
+            self._handles.append(self._head.register_forward_hook(self._score))
+            self._handles.append(self._model.register_forward_hook(self._rule_out))
 
     def uninstall(self, modules: Mapping[str, nn.Module]) -> None:
         """Rest."""

@@ -24,6 +24,7 @@ from antefix.cli.doctor import doctor
 from antefix.cli.eval import evaluate
 from antefix.cli.generate import generate
 from antefix.cli.init import init
+from antefix.cli.links import links
 from antefix.cli.merge import merge
 from antefix.cli.methods import methods
 from antefix.cli.search import search
@@ -71,6 +72,7 @@ app.command("search")(search)
 app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("eval")(evaluate)
+app.command("links")(links)
 app.command("merge")(merge)
 app.add_typer(base_app, name="base")
 app.add_typer(bank_app, name="bank")

@@ -51,11 +51,19 @@ class Encoded:
 
     are_choices: bool = False
     """Whether an example's targets are choices, which belong together and count as one pair."""
+    num_draws: int = 1
+    """So many epochs have examples of their own, equal shares one after the other; then the first comes again."""
 
     @property
     def num_pairs(self) -> int:
-        """Source/target pairs."""
+        """Source/target pairs, of all draws together."""
         return sum(self.pairs_in(len(e.targets)) for e in self.examples)
+
+    def of_epoch(self, epoch: int) -> range:
+        """The examples of an epoch."""
+        share = len(self.examples) // self.num_draws
+        first = epoch % self.num_draws * share
+        return range(first, first + share)
 
     def pairs_in(self, num_targets: int) -> int:
         """How many pairs so many targets of one example count as."""

@@ -38,7 +38,7 @@ def steps(encoded: Encoded, *, pairs_per_step: int, targets_per_row: int, seed: 
     room = pairs_per_step
     epoch = 0
     while True:
-        for unit in _shuffled_units(encoded, targets_per_row, f"{seed}-{epoch}"):
+        for unit in _shuffled_units(encoded, targets_per_row, seed, epoch):
             targets = unit.targets
             while targets:
                 fitting = len(targets) if encoded.are_choices else room
@@ -51,11 +51,11 @@ def steps(encoded: Encoded, *, pairs_per_step: int, targets_per_row: int, seed: 
         epoch += 1
 
 
-def _shuffled_units(encoded: Encoded, targets_per_row: int, seed: str) -> list[Unit]:
-    order = random.Random(seed)
+def _shuffled_units(encoded: Encoded, targets_per_row: int, seed: int, epoch: int) -> list[Unit]:
+    order = random.Random(f"{seed}-{epoch}")
     units = []
-    for index, example in enumerate(encoded.examples):
-        targets = list(range(len(example.targets)))
+    for index in encoded.of_epoch(epoch):
+        targets = list(range(len(encoded.examples[index].targets)))
         order.shuffle(targets)
         num_rows = -(-len(targets) // (len(targets) or 1 if encoded.are_choices else targets_per_row))
         edges = [len(targets) * n // num_rows for n in range(num_rows + 1)] if targets else []

@@ -22,13 +22,11 @@ class WithSymbols:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def __call__(self, text: str, add_special_tokens: bool = True, **options: Any) -> dict[str, list[int]]:
-        """Token ids of a text; between symbols as the base's tokenizer has them."""
+    def __call__(self, text: str, *more: Any, **options: Any) -> Any:
+        """Token ids of a text; between symbols as the base's tokenizer has them, which does all else that it can."""
         pieces = self._split.split(text)
         if len(pieces) == 1:
-            return {
-                "input_ids": list(self._tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"])
-            }
+            return self._tokenizer(text, *more, **options)
         ids: list[int] = []
         for piece in filter(None, pieces):
             known = self._id_of.get(piece)

@@ -27,6 +27,7 @@ METHODS: dict[str, str] = {
     "mam": "antefix.methods.mam:Mam",
     "ntk_attention": "antefix.methods.ntk_attention:NtkAttention",
     "p_tuning_v2": "antefix.methods.p_tuning_v2:PTuningV2",
+    "palt": "antefix.methods.palt:Palt",
     "pip_direct": "antefix.methods.pip_direct:PipDirect",
     "pip_indirect": "antefix.methods.pip_indirect:PipIndirect",
     "prefix_memory": "antefix.methods.prefix_memory:PrefixMemory",

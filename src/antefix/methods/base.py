@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from antefix.attention.branch import Branch, Condition
 from antefix.base import Base
+from antefix.data.linearise import TextFormat
 from antefix.parts.initial import Positions
 from antefix.parts.inserted import Inserted
 from antefix.parts.key_value import KeyValue
@@ -151,6 +152,10 @@ class MethodModule(nn.Module):
     def symbols(self) -> tuple[str, ...]:
         """Texts that are one token each, behind the base's own."""
         return ()
+
+    def with_symbols(self, text_format: TextFormat) -> TextFormat:
+        """The text format of what it is trained on and used for, with those of `symbols` that it writes itself."""
+        return text_format
 
     def new_tokens(self) -> Tensor | None:
         """The embeddings of `symbols`, (S, C), differentiable likewise; None: there are none."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from antefix.attention.branch import Branch, Condition
 from antefix.base import Base
+from antefix.data.linearise import TextFormat
 from antefix.errors import PrefixError, RecipeError
 from antefix.methods import UNION, method_class
 from antefix.methods.base import MethodConfig, MethodModule
@@ -155,6 +156,11 @@ class Union(MethodModule):
     @property
     def symbols(self) -> tuple[str, ...]:
         return next((m.symbols for m in self._modules_in_order if m.symbols), ())
+
+    def with_symbols(self, text_format: TextFormat) -> TextFormat:
+        for module in self._modules_in_order:
+            text_format = module.with_symbols(text_format)
+        return text_format
 
     def new_tokens(self) -> Tensor | None:
         return next((made for m in self._modules_in_order if (made := m.new_tokens()) is not None), None)

@@ -37,6 +37,11 @@ class Network(NamedTuple):
     down_bias_R: Tensor | None = None
     up_bias_O: Tensor | None = None
 
+    @classmethod
+    def square(cls, weight_OO: Tensor, bias_O: Tensor) -> Network:
+        """A whole matrix, W x + b: behind an identity, so that it stands beside narrow ones in a batch."""
+        return cls(torch.eye(len(weight_OO)).to(weight_OO), weight_OO, None, bias_O)
+
     def __call__(self, x: Tensor, activation: Activation) -> Tensor:
         """(..., I) -> (..., O), in the network's own precision."""
         hidden = torch.nn.functional.linear(x.to(self.down_RI.dtype), self.down_RI, self.down_bias_R)

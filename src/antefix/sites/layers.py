@@ -39,21 +39,30 @@ def look_at_layers(model: PreTrainedModel, attention: Sequence[Site]) -> Layers:
     encoder_ids, decoder_ids = (some_ids(model, count) for count in (ENCODER_TOKENS, DECODER_TOKENS))
     used: list[_Used] = []
     behind: list[nn.Module] = []
-    with bare():
-        calls = recorded(
-            model, encoder_ids, decoder_ids, None, lambda calls: _watching(model, calls, used, behind, len(attention))
-        )
+    feeds: dict[nn.Module, nn.Module] = {}
     names = {module: name for name, module in model.named_modules()}
     blocks = tuple(dict.fromkeys(_block_of(site.module) for site in attention))
     of_base = list(model.base_model.modules())
-    width = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[index]
+    embeddings = model.get_input_embeddings()
+    width = int(embeddings.weight.shape[1])  # type: ignore[index]
+    norms = [m for m in of_base if isinstance(w := getattr(m, "weight", None), nn.Parameter) and w.shape == (width,)]
+    with bare(), _watching_norms(model, norms, feeds):
+        calls = recorded(
+            model, encoder_ids, decoder_ids, None, lambda calls: _watching(model, calls, used, behind, len(attention))
+        )
     return Layers(
         linear=_linear_sites(used, calls, attention, names),
         norms=tuple(
-            NormSite(names[m], width, _bias_of(m) is not None, _block_of(names[m]) in blocks)
-            for m in of_base
-            if isinstance(weight := getattr(m, "weight", None), nn.Parameter) and weight.shape == (width,)
+            NormSite(
+                names[m],
+                width,
+                _bias_of(m) is not None,
+                _block_of(names[m]) in blocks,
+                names[feeds[m]] if m in feeds else None,
+            )
+            for m in norms
         ),
+        embeddings=names[embeddings],
         biased={names[m]: len(bias) for m in of_base if (bias := _bias_of(m)) is not None},
         blocks=blocks,
         behind=tuple(
@@ -112,6 +121,25 @@ def _watching(
     handles = [m.register_forward_hook(open_to_gradients) for m in layers]
     with_weights = [m for m in model.modules() if m is not head and any(True for _ in m.parameters(recurse=False))]
     handles += [m.register_forward_pre_hook(keep_behind) for m in with_weights]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watching_norms(model: nn.Module, norms: Sequence[nn.Module], feeds: dict[nn.Module, nn.Module]) -> Iterator[None]:
+    """feeds: filled with the first linear layer that is given what a norm gives."""
+    given: list[tuple[nn.Module, Tensor]] = []  # kept to the end, so that no memory is used twice
+
+    def look(module: nn.Module, args: Any) -> None:
+        for norm, output in given:
+            if args and args[0].untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
+                feeds.setdefault(norm, module)
+
+    handles = [m.register_forward_hook(lambda norm, args, output: given.append((norm, output))) for m in norms]
+    handles += [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, LINEAR)]
     try:
         yield
     finally:

@@ -75,6 +75,8 @@ class NormSite:
     width: int
     has_bias: bool
     in_block: bool
+    feeds: str | None
+    """The first linear layer that is given what it gives; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ class Layers:
     linear: tuple[LinearSite, ...]
     """The linear layers of the blocks, in call order."""
     norms: tuple[NormSite, ...]
+    embeddings: str
+    """The path of the input embeddings."""
     biased: dict[str, int]
     """Every layer with a bias, inside blocks and outside, but for output heads: its path and its width."""
     blocks: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What is learned from examples: to write texts, to label them, or to choose one.
+"""What is learned from examples: to write texts, to label them, to choose one, or to tell true triples from false.
 
 Knows examples and tokenizers, nothing of models.
 """
@@ -14,12 +14,13 @@ from antefix.tasks.ranking import RankingTask
 
 __all__ = ["METRICS_OF", "LabelTask", "RankingTask", "Task", "TaskName", "task_of"]
 
-TaskName = Literal["text_generation", "classification", "tagging", "ranking"]
+TaskName = Literal["text_generation", "classification", "tagging", "ranking", "triples"]
 METRICS_OF: dict[TaskName, tuple[str, ...]] = {
     "text_generation": ("bleu", "accuracy", "frame_f1"),
     "classification": ("accuracy",),
     "tagging": ("span_f1", "word_accuracy"),
     "ranking": ("accuracy",),
+    "triples": ("accuracy",),
 }
 """Scores that can choose the best step, beside the dev loss."""
 Task = LabelTask | RankingTask

@@ -1,4 +1,4 @@
-"""Tasks that label whole texts (`classification`: one label) or their words (`tagging`: a tag each).
+"""Tasks that label whole texts (`classification`: one label), their words (`tagging`: a tag each) or triples.
 
 Labels are read off hidden states by a small head that is trained and kept with the prefix, or they are words of the
 base.
@@ -6,7 +6,8 @@ base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -15,11 +16,12 @@ from antefix.data.encode import Encoded, EncodedExample, Limits, where_of
 from antefix.data.example import Example, Source, Words
 from antefix.data.linearise import TextFormat
 from antefix.errors import DataError
+from antefix.tasks.triples import FALSE, TRUE, TripleEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LabelTaskName = Literal["classification", "tagging"]
+LabelTaskName = Literal["classification", "tagging", "triples"]
 
 
 class LabelTask(BaseModel):
@@ -41,6 +43,8 @@ class LabelTask(BaseModel):
     @classmethod
     def of(cls, name: LabelTaskName, examples: Sequence[Example]) -> LabelTask:
         """With the labels that these examples have. Raises DataError where they are not the task's kind."""
+        if name == "triples":
+            return cls(name=name, labels=(TRUE, FALSE))
         labels: set[str] = set()
         for example in examples:
             if name == "tagging" and not isinstance(example.source, Words):
@@ -87,8 +91,12 @@ class LabelTask(BaseModel):
         know, and for a text that does not fit.
         """
         encoded, num_cut = [], 0
+        encode = self.encoder(text_format, tokenizer, for_encoder=for_encoder)
         for example in examples:
-            ids, places, cut = self._encoded(example.source, text_format, tokenizer, for_encoder, where_of(example))
+            try:
+                ids, places, cut = encode(example.source)
+            except DataError as error:
+                raise DataError(f"{where_of(example)}: {error}") from error
             num_cut += cut
             if limits.context is not None and len(ids) > limits.context:
                 raise DataError(
@@ -101,40 +109,27 @@ class LabelTask(BaseModel):
             encoded.append(EncodedExample(tuple(ids), targets, places=tuple(places)))
         return Encoded(tuple(encoded), num_cut, 0)
 
-    def encode_source(
-        self, source: Source, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
-    ) -> tuple[list[int], list[int]]:
-        """Token ids of a text, and the places that its labels are read off."""
-        ids, places, _ = self._encoded(source, text_format, tokenizer, for_encoder, "a source")
-        return ids, places
+    def encoder(
+        self, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
+    ) -> Callable[[Source], tuple[list[int], list[int], bool]]:
+        """What makes token ids of a source; the places that its labels are read off; whether it was cut."""
+        if self.name == "tagging":
+            return partial(_encode_words, tokenizer=tokenizer, for_encoder=for_encoder)
+        write: Callable[[Source], tuple[list[int], bool]] = (
+            TripleEncoder(text_format, tokenizer, for_encoder=for_encoder)
+            if self.name == "triples"
+            else partial(text_format.encode_source_cut, tokenizer, for_encoder=for_encoder)
+        )
+
+        def encode(source: Source) -> tuple[list[int], list[int], bool]:
+            ids, cut = write(source)
+            return ids, [0 if for_encoder else len(ids) - 1], cut
+
+        return encode
 
     def text_of(self, numbers: Sequence[int]) -> str:
         """A prediction as examples have it: the label, or the tags separated by spaces."""
         return " ".join(self.labels[n] for n in numbers)
-
-    def _encoded(
-        self,
-        source: Source,
-        text_format: TextFormat,
-        tokenizer: PreTrainedTokenizerBase,
-        for_encoder: bool,
-        where: str,
-    ) -> tuple[list[int], list[int], bool]:
-        if self.name == "classification":
-            try:
-                ids, cut = text_format.encode_source_cut(tokenizer, source, for_encoder=for_encoder)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-            return ids, [0 if for_encoder else len(ids) - 1], cut
-        if not isinstance(source, Words):
-            raise DataError(f"{where}: tagging needs words")
-        found = tokenizer(list(source.words), is_split_into_words=True)
-        ids, word_of = list(found["input_ids"]), found.word_ids()
-        chosen: dict[int, int] = {}
-        for place, word in enumerate(word_of):
-            if word is not None and (word not in chosen or not for_encoder):
-                chosen[word] = place
-        return ids, [chosen[word] for word in sorted(chosen)], False
 
     def _numbers(self, target: str, where: str) -> tuple[int, ...]:
         number_of = {label: n for n, label in enumerate(self.labels)}
@@ -144,5 +139,19 @@ class LabelTask(BaseModel):
         return tuple(number_of[label] for label in labels)
 
 
+def _encode_words(
+    source: Source, tokenizer: PreTrainedTokenizerBase, for_encoder: bool
+) -> tuple[list[int], list[int], bool]:
+    if not isinstance(source, Words):
+        raise DataError("tagging needs words")
+    found = tokenizer(list(source.words), is_split_into_words=True)
+    ids, word_of = list(found["input_ids"]), found.word_ids()
+    chosen: dict[int, int] = {}
+    for place, word in enumerate(word_of):
+        if word is not None and (word not in chosen or not for_encoder):
+            chosen[word] = place
+    return ids, [chosen[word] for word in sorted(chosen)], False
+
+
 def _labels_in(name: LabelTaskName, target: str) -> list[str]:
-    return [target] if name == "classification" else target.split()
+    return target.split() if name == "tagging" else [target]

@@ -242,7 +242,8 @@ def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
     """How many optimiser steps the run takes."""
     if recipe.max_steps is not None:
         return recipe.max_steps
-    return max(1, math.ceil(recipe.epochs * train_set.num_pairs / recipe.pairs_per_step))
+    pairs_of_epoch = train_set.num_pairs / train_set.num_draws
+    return max(1, math.ceil(recipe.epochs * pairs_of_epoch / recipe.pairs_per_step))
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from antefix.processes import on_processor
 from antefix.settings import validated
 from antefix.sites import find_sites
 from antefix.tasks import LabelTask, Task, TaskName, task_of
+from antefix.tasks.triples import with_negatives
 from antefix.training.black_box import planned_generations
 from antefix.training.loop import planned_steps
 from antefix.training.recipe import Recipe, TrainingRecipe, checked_config
@@ -136,6 +138,11 @@ def prepare(
 
     max_target_tokens: longer targets are cut, and counted; None: one that does not fit is an error.
     """
+    num_draws = 1
+    if task == "triples":
+        num_draws = math.ceil(training.epochs) if training.max_steps is None else 1
+        train_examples = with_negatives(train_examples, training.negatives, training.seed, num_draws)
+        dev_examples = with_negatives(dev_examples, training.negatives, training.seed)
     made = task_of(task, train_examples, training.ranking.length_norm)
     if words:
         if not isinstance(made, LabelTask):
@@ -169,6 +176,7 @@ def prepare(
         if module.is_searched and not made.word_ids:
             raise TrainingError(f"{method} learns no head, without gradients: give a word for every label (`words`)")
         module.head = _head_of(base, made)
+    text_format = module.with_symbols(text_format)
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
     fits = Limits(
@@ -183,6 +191,7 @@ def prepare(
     train_set, dev_set = (
         encode_all(e, text_format, tokenizer, fits, for_encoder=for_encoder) for e in (train_examples, dev_examples)
     )
+    train_set = replace(train_set, num_draws=num_draws)
     if train_set.num_pairs == 0:
         raise TrainingError(
             f"{data_name or 'the training data'}: no example has a target; name it with data.reader.target_column"

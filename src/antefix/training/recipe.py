@@ -99,6 +99,9 @@ class TrainingRecipe(_Section):
     loss_reduction: LossReduction = "token_mean"
     """`token_mean`: mean over a step's target tokens. `example_sum`: sum over a pair's tokens, mean over pairs, the
     default of the paper's code. Its other two divide that by the tokens of the step's longest row or target."""
+    negatives: int = Field(5, ge=1)
+    """Of `triples`: false ones for each of head, relation and tail of a true one. Every epoch has its own, drawn before
+    training starts and kept in memory; with `max_steps`, all epochs have those of the first."""
     ranking: RankingWeights = RankingWeights()
     """The losses of `ranking`, in the place of these."""
     black_box: BlackBoxRecipe = BlackBoxRecipe()
@@ -144,7 +147,8 @@ class Recipe(_Section):
     """Precision of the frozen weights; what is learned stays float32. `native`: bfloat16 where this processor or GPU
     multiplies it natively, else float32. `int8` needs `pip install 'antefix[int8]'`."""
     task: TaskName = "text_generation"
-    """What is learned: to write texts, or to label whole texts (`classification`) or their words (`tagging`)."""
+    """What is learned: to write texts, to label whole texts (`classification`) or their words (`tagging`), to choose
+    (`ranking`), or to tell true triples from false ones (`triples`)."""
     words: dict[str, str] = Field(default_factory=dict)
     """Of `classification` on a causal base: a word for every label (` great`, with the space before it), whose logit is
     the label's score (a verbaliser); empty: a head is learned."""

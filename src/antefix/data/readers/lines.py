@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from antefix.data.example import kind_of
+from antefix.data.readers.graph import graph_rows, is_graph
 from antefix.data.readers.rows import Rows
 from antefix.errors import DataError, nearest
 
@@ -46,7 +47,7 @@ def file_rows(source: str, split: str | None = None) -> Rows:
             raise DataError(f"{source}: two splits are asked for, '{part}' and '{split}'")
         split = part
     name = str(path) if member is None else f"{path}{PART}{Path(member).name}"
-    parse = _parser(name)
+    parse = _parser(name) if member is not None or not is_graph(path) else _graph_parser(path)
     with _opened(path, member) as stream:
         rows = ((f"{name}, line {line}", row) for line, row in parse(name, _decoded(name, stream)))
         yield from rows if split is None else _of_split(rows, split, name)
@@ -139,6 +140,10 @@ def _parser(name: str) -> Callable[[str, Lines], Iterator[tuple[int, dict[str, A
     raise DataError(
         f"{name}: unknown kind of file; known are .csv, .tsv, .jsonl, .json, .conll (each also .gz) and .zip"
     )
+
+
+def _graph_parser(path: Path) -> Callable[[str, Lines], Iterator[tuple[int, dict[str, Any]]]]:
+    return lambda name, lines: graph_rows(path, lines)
 
 
 def csv_rows(name: str, lines: Lines, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -3,7 +3,10 @@
     {"split": "train", "eid": "Id1", "category": "Food", "triples": ["Apple_pie | origin | Kent"],
      "lexs": [{"lid": "Id1", "comment": "good", "text": "Apple pie comes from Kent."}]}
 
-DART's rows have no category, and `source` instead of `comment`. A row without `lexs` has no target.
+DART's rows have no category, and `source` instead of `comment`. A row without `lexs` has no target, unless it has a
+`label` that says whether its triple is true (see `antefix.tasks.triples`):
+
+    {"triples": ["Apple pie | comes from | Kent"], "label": "true"}
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ def examples(rows: Rows, *, only_good: bool = False) -> Iterator[Example]:
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         texts = _texts(row, where, only_good) if "lexs" in row else ()
+        if "label" in row:
+            texts = (text_of(row, "label", where),)
         if texts or "lexs" not in row:
             labels = {k: str(row[k]) for k in _LABELS if k in row}
             yield Example(source=triples, targets=texts, where=where, labels=labels)
@@ -35,7 +40,7 @@ def examples(rows: Rows, *, only_good: bool = False) -> Iterator[Example]:
 
 def columns(row: Row, *, only_good: bool = False) -> Columns:
     """The two columns."""
-    return Columns(("triples",), "lexs" if "lexs" in row else None)
+    return Columns(("triples",), next((name for name in ("label", "lexs") if name in row), None))
 
 
 def _texts(row: Row, where: str, only_good: bool) -> tuple[str, ...]:

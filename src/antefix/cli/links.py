@@ -1,0 +1,76 @@
+"""`antefix links`: how well a prefix tells true triples of a graph from false ones."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from antefix.cli.output import Json, console, print_json
+
+if TYPE_CHECKING:
+    from antefix.base import Dtype
+
+
+def links(
+    prefix: Annotated[Path, typer.Option("--prefix", "-p", help="A kept prefix, trained with `task = 'triples'`.")],
+    test: Annotated[str, typer.Option(metavar="FILE", help="The triples to rank and to classify.")],
+    dev: Annotated[str, typer.Option(metavar="FILE", help="The triples that the threshold is chosen on.")],
+    known: Annotated[
+        list[str] | None,
+        typer.Option("--known", metavar="FILE", help="Further true triples, the training set's: never ranked above."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base; without: the one the prefix names.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the base: float32, bfloat16, float16, int8, native or auto.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Triples read together.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rank only so many of the test triples, drawn.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws these, and the false triples to classify.")] = 0,
+    record: Annotated[bool, typer.Option("--record", help="Write the scores onto the prefix's card.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Link prediction and triple classification with a prefix.
+
+    Every true triple of the test set is ranked among all entities, for its head and for its tail, without those that
+    are known to be true: mean rank (MR), mean reciprocal rank (MRR), Hits@1, 3 and 10. Then test triples, and as many
+    false ones where the file has none, are told apart by a threshold that is chosen on the dev set.
+
+    Example: `antefix links -p bank/umls --test test.tsv --dev dev.tsv --known train.tsv --limit 100`
+    """
+    from antefix.attach import attached
+    from antefix.base import load_base
+    from antefix.cli.progress import LiveLine
+    from antefix.data import read
+    from antefix.link_prediction import classification_scores, likelihoods, link_scores, with_one_negative
+    from antefix.prefix import Prefix
+    from antefix.tasks.triples import true_triples
+
+    kept = Prefix.load(prefix)
+    tests, devs = read(test), read(dev)
+    others = [*devs, *(example for file in known or () for example in read(file))]
+    ranked = tests if limit is None else random.Random(f"links-{seed}").sample(tests, min(limit, len(tests)))
+    # Filtered by the whole test set, whatever part of it is ranked.
+    every = set(true_triples([*tests, *others]))
+    loaded = load_base(
+        base or kept.card.base.name, dtype=cast("Dtype", dtype), device=device, revision=kept.card.base.revision
+    )
+    likelihood = partial(likelihoods, loaded, batch_size=batch_size)
+    with attached(loaded.model, kept):
+        with LiveLine(console(), len(ranked), "triple") as line:
+            scores = link_scores(likelihood, ranked, [*tests, *others], lambda count: line.show(count, ""))
+        told_apart = classification_scores(
+            likelihood, *(with_one_negative(some, every, seed) for some in (devs, tests))
+        )
+    found = {"ranked": len(ranked), **scores, **told_apart}
+    if record:
+        kept.with_scores("links", found).save(prefix, overwrite=True)
+    if as_json:
+        print_json(found)
+    else:
+        for name, value in found.items():
+            typer.echo(f"{name:>14}  {value:.4f}" if isinstance(value, float) else f"{name:>14}  {value}")
