@@ -24,7 +24,8 @@ from antefix.attach import attached
 from antefix.data.example import Example
 from antefix.methods import method_class
 from antefix.metrics import score
-from antefix.tasks import METRICS_OF, LabelTaskName
+from antefix.tasks import METRICS_OF
+from antefix.tasks.label import LabelTaskName
 from antefix.training.prepared import prepare
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import run

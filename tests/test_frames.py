@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from conftest import SHARED, tiny_base, tiny_method
 
 import antefix
 from antefix.attach import attached
-from antefix.data import read
+from antefix.data import Example, read, sample_frames
 from antefix.data.frames import Node, begins_frame, brackets, parse
+from antefix.errors import DataError
 from antefix.metrics import score
 
 FRAME = "[IN:GET_WEATHER will it rain [SL:LOCATION in [IN:GET_LOCATION boston ] ] now ]"
@@ -82,3 +84,40 @@ def test_real_frames_are_all_well_formed() -> None:
     examples = read(str(path), source_column="utterance", target_column="semantic_parse")
     assert len(examples) > 1000
     assert all(parse(target) is not None for example in examples for target in example.targets)
+
+
+class TestSamplesOfEveryLabel:
+    EXAMPLES = tuple(
+        Example(source=str(n), targets=(f"[IN:{'ABC'[n % 3]} a [SL:{'XY'[n % 2]} {n} ] ]" if n else "[IN:RARE 0 ]",))
+        for n in range(40)
+    )
+
+    @pytest.mark.parametrize("samples", [1, 2, 5, 40])
+    def test_an_example_is_kept_while_a_label_has_fewer(self, samples: int) -> None:
+        """Against the sampler as it is defined, which counts what it has kept."""
+        kept: list[Example] = []
+        order = list(self.EXAMPLES)
+        random.Random("frames-3").shuffle(order)
+        for example in order:
+            if any(sum(label in labels(one) for one in kept) < samples for label in labels(example)):
+                kept.append(example)
+        assert {e.source for e in sample_frames(self.EXAMPLES, samples, seed=3)} == {e.source for e in kept}
+
+    def test_a_larger_draw_begins_with_the_smaller_one(self) -> None:
+        small, large = (sample_frames(self.EXAMPLES, n, seed=3) for n in (1, 4))
+        assert len(small) < len(large) < len(self.EXAMPLES)
+        assert large[: len(small)] == small
+
+    def test_the_seed_decides(self) -> None:
+        assert sample_frames(self.EXAMPLES, 2, seed=3) == sample_frames(self.EXAMPLES, 2, seed=3)
+        assert sample_frames(self.EXAMPLES, 2, seed=3) != sample_frames(self.EXAMPLES, 2, seed=4)
+
+    def test_a_target_that_is_no_frame(self) -> None:
+        with pytest.raises(DataError, match=r"an example: 'words' is no frame, such as \[IN:GET_WEATHER is it cold \]"):
+            sample_frames([Example(source="a", targets=("words",))], 1, seed=0)
+
+
+def labels(example: Example) -> set[str]:
+    root = parse(example.targets[0])
+    assert root is not None
+    return {label for label, _, _ in brackets(root)}

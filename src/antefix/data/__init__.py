@@ -2,7 +2,7 @@
 
 from antefix.data.example import Chat, Example, Message, Source, Table, Triples, Words
 from antefix.data.readers import READERS, read
-from antefix.data.sample import sample_pairs, split_examples
+from antefix.data.sample import sample_frames, sample_pairs, split_examples
 
 __all__ = [
     "READERS",
@@ -14,6 +14,7 @@ __all__ = [
     "Triples",
     "Words",
     "read",
+    "sample_frames",
     "sample_pairs",
     "split_examples",
 ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from antefix.data.encode import where_of
 from antefix.data.example import Example
+from antefix.data.frames import brackets, parse
 from antefix.errors import DataError
 
 
@@ -28,6 +31,35 @@ def sample_pairs(examples: Sequence[Example], pairs: int, seed: int) -> list[Exa
     if room:
         raise DataError(f"{pairs} pairs were asked for, the data has {pairs - room}")
     return drawn
+
+
+def sample_frames(examples: Sequence[Example], samples: int, seed: int) -> list[Example]:
+    """SPIS, samples per intent and slot: in a drawn order, an example is kept while any label of its frames has fewer.
+
+    An example is kept if it is among the first `samples` that have one of its labels. So smaller draws are part of
+    larger ones, and the list begins with them. Raises DataError for a target that is no frame.
+    """
+    order = list(examples)
+    random.Random(f"frames-{seed}").shuffle(order)
+    seen: Counter[str] = Counter()
+    found: list[tuple[int, Example]] = []
+    for example in order:
+        labels = _labels_of(example)
+        place = min((seen[label] for label in labels), default=samples)
+        seen.update(labels)
+        if place < samples:
+            found.append((place, example))
+    return [example for _, example in sorted(found, key=lambda one: one[0])]
+
+
+def _labels_of(example: Example) -> set[str]:
+    labels: set[str] = set()
+    for target in example.targets:
+        root = parse(target)
+        if root is None:
+            raise DataError(f"{where_of(example)}: '{target[:60]}' is no frame, such as [IN:GET_WEATHER is it cold ]")
+        labels.update(label for label, _, _ in brackets(root))
+    return labels
 
 
 def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

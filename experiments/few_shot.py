@@ -1,0 +1,203 @@
+"""SST-2 from 16 sentences of each class: methods with gradients, without gradients, and T-Few.
+
+    python experiments/few_shot.py path/to/sst2_16shot
+
+SmolLM2-135M in float32, three of T-Few's draws, the same 500 test sentences for all. A label's score is the logit of
+its word behind `SENTENCE It was`, and no head is learned; (IA)^3 ranks the same words with T-Few's losses and recipe,
+in 400 of its 1,000 steps (`t_few`). Every method has its default size.
+
+Methods with gradients take 120 steps of eight sentences; the learning rate is the best of three on the first draw,
+after a third of the steps with a schedule of their own. Dev set, for rates and for the step that is kept: as many
+sentences as are trained on. Black-box tuning tries 600 candidates (8,000 in the papers): 30 generations of BBT, and
+only one for each of 30 layers of BBTv2. A forward call is one candidate on all training sentences; those on the dev set
+are not counted.
+
+Writes `results/few_shot/`; three hours on two cores, as two processes with one thread each.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import antefix
+from antefix.attach import attached
+from antefix.data.example import Example
+from antefix.data.linearise import TextFormat
+from antefix.metrics import score
+from antefix.training.recipe import BlackBoxRecipe, TrainingRecipe
+
+import t_few  # isort: skip
+from few_labels import CLASSES, FACTORS, kept_dev_loss, rates, sentiment  # isort: skip
+from smollm import READ, TRAINED, smollm  # isort: skip
+from umls import drawn  # isort: skip
+from units import ROOT, Unit, announce, finish  # isort: skip
+
+RESULTS = ROOT / "results" / "few_shot"
+SEARCHED = ("p_tuning_v2", "prompt_tuning", "prefix_tuning", "bitfit", "lora", "full")
+RANKED, BLACK_BOX = "ia3", ("bbt", "bbt_v2")
+ARMS = (*SEARCHED, RANKED, *BLACK_BOX)
+DRAWS = (0, 1, 32)
+DEV_OF_A_CLASS, TEST = 16, 500
+EPOCHS, SEARCH_EPOCHS, EVALUATIONS, RANKED_STEPS = 30.0, 10.0, 4, 400
+CANDIDATES, POPULATION = 600, 20
+WORDS = {"negative": " bad", "positive": " great"}
+FORMAT = TextFormat(separator=" It was")
+TRAIN_TOKENS, TEST_TOKENS, PROMPT_TOKENS = 17, 29, 50
+"""Of a sentence with its separator, and of the searched prompt, which is read once a candidate."""
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = Path(sys.argv[1]).resolve()
+    searches = {
+        f"search_{arm}_{number}": Unit(partial(search, folder, arm, rate), seconds(arm, SEARCH_EPOCHS))
+        for arm in SEARCHED
+        for number, rate in enumerate(rates(arm))
+    }
+    tested = TEST * TEST_TOKENS / READ
+    names = {f"final_{arm}_{draw}": (arm, draw) for arm in ARMS for draw in DRAWS}
+    announce(RESULTS / "units", searches | {n: Unit(dict, seconds(a, EPOCHS) + tested) for n, (a, _) in names.items()})
+    found = finish(RESULTS / "units", searches)
+    finals = {
+        name: Unit(partial(final, folder, arm, best_rate(found, arm), draw), 0.0) for name, (arm, draw) in names.items()
+    }
+    summary = summed(finish(RESULTS / "units", finals), majority(folder))
+    (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    plot(summary, RESULTS / "few_shot.png")
+
+
+def seconds(arm: str, epochs: float) -> float:
+    """Of training, for the estimate."""
+    if arm == RANKED:
+        return RANKED_STEPS * t_few.EXAMPLES_A_STEP * (TRAIN_TOKENS + 2 * len(WORDS)) / TRAINED
+    sentences = len(CLASSES) * 16
+    evaluated = EVALUATIONS * sentences * TEST_TOKENS / READ
+    if arm in BLACK_BOX:
+        return evaluated + CANDIDATES * (sentences * TRAIN_TOKENS + PROMPT_TOKENS) / READ
+    return evaluated + epochs * sentences * TRAIN_TOKENS / TRAINED * (1.5 if arm == "full" else 1.0)
+
+
+def best_rate(found: dict[str, dict[str, Any]], arm: str) -> float | None:
+    """None: the method has a rate of its own, or none at all."""
+    units = [found[f"search_{arm}_{number}"] for number in range(len(FACTORS)) if arm in SEARCHED]
+    return float(min(units, key=lambda u: u["dev_loss"])["learning_rate"]) if units else None
+
+
+def data(folder: Path, draw: int) -> tuple[list[Example], list[Example], list[Example]]:
+    """The training sentences of a draw, as many dev sentences, the test sentences."""
+    train, dev, test = sentiment(folder, draw)
+    few = [e for label in CLASSES for e in [d for d in dev if d.targets == (label,)][:DEV_OF_A_CLASS]]
+    return train, few, drawn(test, TEST)
+
+
+def with_choices(examples: Sequence[Example]) -> list[Example]:
+    """The words to choose from, in the place of labels."""
+    return [replace(e, targets=(WORDS[e.targets[0]],), choices=tuple(WORDS.values())) for e in examples]
+
+
+def trained(
+    base: antefix.Base, train: Sequence[Example], dev: Sequence[Example], arm: str, rate: float | None, draw: int,
+    epochs: float,
+) -> antefix.Prefix:  # fmt: skip
+    """By labels' words."""
+    training = TrainingRecipe(
+        epochs=epochs, learning_rate=rate, seed=draw, evaluations=EVALUATIONS, pairs_per_step=8,
+        black_box=BlackBoxRecipe(candidates=CANDIDATES, population=POPULATION),
+    )  # fmt: skip
+    config = {"seed": draw} if arm in BLACK_BOX else {}
+    return antefix.train(
+        base, train, dev=dev, method=arm, task="classification", words=WORDS, text_format=FORMAT, training=training,
+        **config,
+    )  # fmt: skip
+
+
+def search(folder: Path, arm: str, rate: float) -> dict[str, Any]:
+    train, dev, _ = data(folder, DRAWS[0])
+    prefix = trained(smollm(), train, dev, arm, rate, DRAWS[0], SEARCH_EPOCHS)
+    return {"arm": arm, "learning_rate": rate, "dev_loss": kept_dev_loss(prefix)}
+
+
+def final(folder: Path, arm: str, rate: float | None, draw: int) -> dict[str, Any]:
+    """Train, and label the test sentences."""
+    base = smollm()
+    train, dev, test = data(folder, draw)
+    started = time.perf_counter()
+    if arm == RANKED:
+        test = with_choices(test)
+        prefix = t_few.trained(base, with_choices(train), FORMAT, steps=RANKED_STEPS, seed=draw)
+    else:
+        prefix = trained(base, train, dev, arm, rate, draw, EPOCHS)
+    trained_at = time.perf_counter()
+    with attached(base.model, prefix):
+        labels = antefix.label(base, test)
+    found: dict[str, Any] = {
+        "arm": arm,
+        "draw": draw,
+        "learning_rate": prefix.card.training["learning_rate"],
+        "accuracy": score([e.targets for e in test], labels, ["accuracy"])["accuracy"],
+        "trained_values": prefix.card.training["trained"],
+        "stored_values": prefix.num_values,
+        "steps": prefix.card.training["steps"],
+        "kept_step": prefix.card.training["kept_step"],
+        "seconds_of_training": round(trained_at - started, 1),
+    }
+    if arm in BLACK_BOX:  # a step is a generation
+        found["forward_calls"] = prefix.card.training["steps"] * POPULATION
+    return found
+
+
+def majority(folder: Path) -> float:
+    """The share of the class that most test sentences have."""
+    _, _, test = data(folder, DRAWS[0])
+    return max(Counter(e.targets[0] for e in test).values()) / len(test)
+
+
+def summed(found: dict[str, dict[str, Any]], largest_class: float) -> dict[str, Any]:
+    """Of every arm the accuracy over draws, and what it took."""
+    summary: dict[str, Any] = {"majority": {"mean": largest_class}}
+    for arm in ARMS:
+        units = [found[f"final_{arm}_{draw}"] for draw in DRAWS]
+        accuracies = [u["accuracy"] for u in units]
+        summary[arm] = {
+            "accuracy": [round(a, 4) for a in accuracies],
+            "mean": round(statistics.mean(accuracies), 4),
+            "standard_deviation": round(statistics.stdev(accuracies), 4),
+            "seconds_of_training": [u["seconds_of_training"] for u in units],
+        }
+        summary[arm] |= {
+            name: units[0][name]
+            for name in ("learning_rate", "trained_values", "stored_values", "steps", "forward_calls")
+            if name in units[0]
+        }
+    return summary
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """A dot for every draw, a line at their mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for place, arm in enumerate(ARMS):
+        axes.scatter([place] * len(DRAWS), summary[arm]["accuracy"], s=18)
+        axes.hlines(summary[arm]["mean"], place - 0.3, place + 0.3, colors="black", linewidth=1)
+    axes.axhline(summary["majority"]["mean"], color="grey", linestyle=":", label="largest class")
+    axes.set_xticks(range(len(ARMS)), ARMS, rotation=30, ha="right")
+    axes.set_ylabel(f"accuracy on {TEST} sentences")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

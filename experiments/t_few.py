@@ -1,0 +1,30 @@
+"""T-Few on a frozen base: (IA)^3 with three losses over choices (Liu et al. 2022, arXiv 2205.05638, section 3.5).
+
+Adafactor at 3e-3 with steps scaled by a parameter's size, eight examples a step, 6 % warm-up, no dev set: the last step
+is kept. T-Few starts from vectors that were trained on many tasks; these start at one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import antefix
+from antefix.data.example import Example
+from antefix.data.linearise import TextFormat
+from antefix.training.recipe import TrainingRecipe
+
+STEPS, EXAMPLES_A_STEP = 1000, 8
+"""As in the paper, for all of its tasks."""
+
+
+def trained(
+    base: antefix.Base, examples: Sequence[Example], text_format: TextFormat, *, steps: int, seed: int
+) -> antefix.Prefix:
+    """On examples with choices."""
+    training = TrainingRecipe(
+        max_steps=steps, pairs_per_step=EXAMPLES_A_STEP, optimiser="adafactor", learning_rate=3e-3,
+        warmup_steps=round(0.06 * steps), evaluations=0, seed=seed,
+    )  # fmt: skip
+    return antefix.train(
+        base, examples, dev=(), method="ia3", task="ranking", text_format=text_format, training=training
+    )
