@@ -28,7 +28,8 @@ from antefix.methods.apt import Apt, AptBranch, GateFrom
 from antefix.metrics import score
 from antefix.parts.key_value import KeyValue
 from antefix.sites import Site, find_sites
-from antefix.tasks import METRICS_OF, LabelTaskName
+from antefix.tasks import METRICS_OF
+from antefix.tasks.label import LabelTaskName
 from antefix.training.recipe import TrainingRecipe
 
 from few_labels import DRAWS, names, sentiment  # isort: skip
