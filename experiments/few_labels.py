@@ -30,7 +30,7 @@ from antefix.training.prepared import prepare
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import run
 
-from units import ROOT, Unit, announce, finish  # isort: skip
+from units import ROOT, Unit, announce, best_rate, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "few_labels"
 HEAD_ALONE = "head_alone"
@@ -56,7 +56,9 @@ def main() -> None:
     announce(RESULTS / "units", searches | {name: Unit(dict, 50.0) for name in final_names()})
     found = finish(RESULTS / "units", searches)
     finals = {
-        name: Unit(partial(one, folders, task, arm, best_rate(found, task, arm), number, is_final=True), 50.0)
+        name: Unit(
+            partial(one, folders, task, arm, best_rate(found, f"search_{task}_{arm}"), number, is_final=True), 50.0
+        )
         for name, (task, arm, number) in final_names().items()
     }
     summary = summed(finish(RESULTS / "units", finals))
@@ -77,11 +79,6 @@ def final_names() -> dict[str, tuple[LabelTaskName, str, int]]:
         for arm in ARMS
         for number in (DRAWS if task == "classification" else SEEDS)
     }
-
-
-def best_rate(found: dict[str, dict[str, Any]], task: str, arm: str) -> float:
-    units = [found[f"search_{task}_{arm}_{number}"] for number in range(len(FACTORS))]
-    return float(min(units, key=lambda u: u["dev_loss"])["learning_rate"])
 
 
 def one(

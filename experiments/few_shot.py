@@ -36,10 +36,10 @@ from antefix.metrics import score
 from antefix.training.recipe import BlackBoxRecipe, TrainingRecipe
 
 import t_few  # isort: skip
-from few_labels import CLASSES, FACTORS, kept_dev_loss, rates, sentiment  # isort: skip
+from few_labels import CLASSES, kept_dev_loss, rates, sentiment  # isort: skip
 from smollm import READ, TRAINED, smollm  # isort: skip
 from umls import drawn  # isort: skip
-from units import ROOT, Unit, announce, finish  # isort: skip
+from units import ROOT, Unit, announce, best_rate, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "few_shot"
 SEARCHED = ("p_tuning_v2", "prompt_tuning", "prefix_tuning", "bitfit", "lora", "full")
@@ -68,9 +68,8 @@ def main() -> None:
     names = {f"final_{arm}_{draw}": (arm, draw) for arm in ARMS for draw in DRAWS}
     announce(RESULTS / "units", searches | {n: Unit(dict, seconds(a, EPOCHS) + tested) for n, (a, _) in names.items()})
     found = finish(RESULTS / "units", searches)
-    finals = {
-        name: Unit(partial(final, folder, arm, best_rate(found, arm), draw), 0.0) for name, (arm, draw) in names.items()
-    }
+    best = {arm: best_rate(found, f"search_{arm}") for arm in SEARCHED}  # others have a rate of their own, or none
+    finals = {name: Unit(partial(final, folder, arm, best.get(arm), draw), 0.0) for name, (arm, draw) in names.items()}
     summary = summed(finish(RESULTS / "units", finals), majority(folder))
     (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     plot(summary, RESULTS / "few_shot.png")
@@ -85,12 +84,6 @@ def seconds(arm: str, epochs: float) -> float:
     if arm in BLACK_BOX:
         return evaluated + CANDIDATES * (sentences * TRAIN_TOKENS + PROMPT_TOKENS) / READ
     return evaluated + epochs * sentences * TRAIN_TOKENS / TRAINED * (1.5 if arm == "full" else 1.0)
-
-
-def best_rate(found: dict[str, dict[str, Any]], arm: str) -> float | None:
-    """None: the method has a rate of its own, or none at all."""
-    units = [found[f"search_{arm}_{number}"] for number in range(len(FACTORS)) if arm in SEARCHED]
-    return float(min(units, key=lambda u: u["dev_loss"])["learning_rate"]) if units else None
 
 
 def data(folder: Path, draw: int) -> tuple[list[Example], list[Example], list[Example]]:

@@ -33,10 +33,10 @@ from antefix.data.frames import parse
 from antefix.metrics import score
 from antefix.training.recipe import TrainingRecipe
 
-from few_labels import FACTORS, kept_dev_loss, rates  # isort: skip
+from few_labels import kept_dev_loss, rates  # isort: skip
 from smollm import READ, TRAINED, smollm  # isort: skip
 from umls import drawn  # isort: skip
-from units import ROOT, Unit, announce, finish  # isort: skip
+from units import ROOT, Unit, announce, best_rate, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "top_parsing"
 ARMS = ("prefix_tuning", "prefix_tuning+special_tokens", "bitfit", "bitfit+special_tokens", "lora", "full")
@@ -67,7 +67,8 @@ def main() -> None:
     announce(RESULTS / "units", searches | {name: Unit(dict, left) for name, left in expected.items()})
     found = finish(RESULTS / "units", searches)
     finals = {
-        name: Unit(partial(final, folder, arm, best_rate(found, arm), n), 0.0) for name, (arm, n) in names.items()
+        name: Unit(partial(final, folder, arm, best_rate(found, f"search_{key(arm)}"), n), 0.0)
+        for name, (arm, n) in names.items()
     }
     summary = summed(finish(RESULTS / "units", finals))
     (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -82,11 +83,6 @@ def seconds(arm: str, rows_seen: float) -> float:
     """Of training and the dev loss, for the estimate; a label of its own token saves six."""
     tokens = 29 if "special_tokens" in arm else 44
     return rows_seen * tokens / TRAINED * (1.5 if arm == "full" else 1.0) + DEV * tokens / READ
-
-
-def best_rate(found: dict[str, dict[str, Any]], arm: str) -> float:
-    units = [found[f"search_{key(arm)}_{number}"] for number in range(len(FACTORS))]
-    return float(min(units, key=lambda u: u["dev_loss"])["learning_rate"])
 
 
 def data(folder: Path) -> tuple[list[Example], list[Example], list[Example]]:

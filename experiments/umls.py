@@ -29,7 +29,7 @@ from antefix.link_prediction import classification_scores, likelihoods, link_sco
 from antefix.tasks.triples import true_triples
 from antefix.training.recipe import TrainingRecipe
 
-from units import ROOT, Unit, announce, finish  # isort: skip
+from units import ROOT, Unit, announce, best_rate, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "umls"
 ARMS = ("palt", "lora", "full")
@@ -53,18 +53,13 @@ def main() -> None:
     ranking = 600.0
     announce(RESULTS / "units", searches | {f"final_{arm}": Unit(dict, seconds(arm, EPOCHS) + ranking) for arm in ARMS})
     found = finish(RESULTS / "units", searches)
-    finals = {f"final_{arm}": Unit(partial(final, folder, arm, best_rate(found, arm)), 0.0) for arm in ARMS}
+    finals = {f"final_{arm}": Unit(partial(final, folder, arm, best_rate(found, f"search_{arm}")), 0.0) for arm in ARMS}
     done = finish(RESULTS / "units", finals)
     (RESULTS / "summary.json").write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
 
 
 def seconds(arm: str, epochs: float) -> float:
     return SECONDS_A_STEP[arm] * STEPS * epochs
-
-
-def best_rate(found: dict[str, dict[str, Any]], arm: str) -> float:
-    units = [found[f"search_{arm}_{number}"] for number in range(len(RATES[arm]))]
-    return float(min(units, key=lambda u: u["dev_loss"])["learning_rate"])
 
 
 def data(folder: Path) -> tuple[list[Example], list[Example], list[Example]]:

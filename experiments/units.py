@@ -51,6 +51,12 @@ def finish(folder: Path, units: Mapping[str, Unit]) -> dict[str, dict[str, Any]]
     return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in units}
 
 
+def best_rate(found: Mapping[str, dict[str, Any]], search: str) -> float:
+    """The learning rate with the lowest dev loss among the units whose names are this one's with a number behind."""
+    units = [unit for name, unit in found.items() if name.rpartition("_")[0] == search]
+    return float(min(units, key=lambda u: u["dev_loss"])["learning_rate"])
+
+
 def _done_here(folder: Path, name: str, unit: Unit) -> bool:
     """Do a unit, unless it is done or another process is at it."""
     path, lock = folder / f"{name}.json", FileLock(folder / f"{name}.lock")

@@ -109,7 +109,7 @@ ARCHITECTURES: dict[str, Callable[[], tuple[str, Any]]] = {
 DECODER_ONLY = ("gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3", "opt", "gpt_neox")
 ENCODER_DECODER = ("bart", "t5")
 ENCODER_ONLY = ("bert", "roberta")
-UNLIKE = ("gpt2", "llama", "gemma2", "bart", "bert")
+UNLIKE = ("gpt2", "llama", "gemma2", "gpt_neox", "bart", "t5", "bert")
 """One of each way to count positions, to make scores and to read texts: for what the others do not do otherwise."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_base
+from pydantic import ValidationError
 from torch import Tensor
 
 import antefix
@@ -180,3 +181,8 @@ def test_what_cannot_be_searched_is_told() -> None:
     training = TrainingRecipe(black_box={"candidates": 20, "population": 5, "loss": "hinge"})
     with pytest.raises(TrainingError, match="'hinge' is for labels: leave it out"):
         antefix.train(base, texts, method="bbt", training=training, dimensions=5, num_virtual_tokens=2)
+
+
+def test_a_population_that_pycma_breaks_off_with_is_refused() -> None:
+    with pytest.raises(ValidationError, match="population"):
+        TrainingRecipe(black_box={"population": 2})

@@ -40,8 +40,7 @@ def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None, *, la
 
     packed: None packs on the processor alone. On an accelerator the many small steps that packed rows take apart into
     cost more than the tokens that they save (`docs/experiments.md`). labels: whether texts are labelled, not written;
-    their rows are padded. Raises TrainingError if packed rows were
-    asked for and the base gives other losses with them.
+    their rows are padded. Raises TrainingError if packed rows were asked for and the base gives other losses with them.
     """
     if labels:
         return "labels"

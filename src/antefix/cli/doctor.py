@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from antefix.cli.output import Json, console, print_json
+from antefix.cli.output import Device, Json, console, print_json
 
 if TYPE_CHECKING:
     from antefix.doctor import Diagnosis, Proof
@@ -17,7 +17,7 @@ def doctor(
     dtype: Annotated[
         str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`: as the weights are kept.")
     ] = "float32",
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")] = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Look where a base can carry a prefix, and prove it.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from antefix.cli.output import Json, console, print_json
+from antefix.cli.output import BaseOfPrefix, Device, Json, Precision, console, print_json
 from antefix.errors import GenerationError
 
 if TYPE_CHECKING:
@@ -40,11 +40,9 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Texts go here, `.jsonl` or one a line; resumes.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base; without: the one the prefix names.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Precision of the base: float32, bfloat16, float16, int8, native or auto.")
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")] = "auto",
+    base: BaseOfPrefix = None,
+    dtype: Precision = "float32",
+    device: Device = "auto",
     decoding: Annotated[
         list[str] | None,
         typer.Option(

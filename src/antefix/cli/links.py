@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from antefix.cli.output import Json, console, print_json
+from antefix.cli.output import BaseOfPrefix, Device, Json, Precision, console, print_json
 
 if TYPE_CHECKING:
     from antefix.base import Dtype
@@ -23,11 +23,9 @@ def links(
         list[str] | None,
         typer.Option("--known", metavar="FILE", help="Further true triples, the training set's: never ranked above."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base; without: the one the prefix names.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Precision of the base: float32, bfloat16, float16, int8, native or auto.")
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")] = "auto",
+    base: BaseOfPrefix = None,
+    dtype: Precision = "float32",
+    device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Triples read together.")] = 128,
     limit: Annotated[int | None, typer.Option(min=1, help="Rank only so many of the test triples, drawn.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws these, and the false triples to classify.")] = 0,

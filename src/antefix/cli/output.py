@@ -1,4 +1,4 @@
-"""What all commands share in speaking to a person or a machine: the `--json` option, printing, a console."""
+"""What commands share in speaking to a person or a machine: options, printing, a console."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import typer
 from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+BaseOfPrefix = Annotated[str | None, typer.Option("--base", help="The base; without: the one the prefix names.")]
+Precision = Annotated[
+    str,
+    typer.Option("--dtype", help="Precision of the base: float32, bfloat16, float16, int8, native or auto."),
+]
+Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")]
 
 
 def console(quiet: bool = False) -> Console:

@@ -140,9 +140,7 @@ def prepare(
     """
     num_draws = 1
     if task == "triples":
-        num_draws = math.ceil(training.epochs) if training.max_steps is None else 1
-        train_examples = with_negatives(train_examples, training.negatives, training.seed, num_draws)
-        dev_examples = with_negatives(dev_examples, training.negatives, training.seed)
+        train_examples, dev_examples, num_draws = _with_negatives(train_examples, dev_examples, training)
     made = task_of(task, train_examples, training.ranking.length_norm)
     if words:
         if not isinstance(made, LabelTask):
@@ -154,28 +152,11 @@ def prepare(
         raise TrainingError(f"{task} needs an encoder or a decoder, '{base.name}' is both: take BERT or a causal model")
     if base.model.config.is_encoder_decoder and base.model.config.decoder_start_token_id is None:
         raise TrainingError(f"the base '{base.name}' has no decoder_start_token_id: set it in its config.json")
-    found = method_class(method)
     checked = checked_config(method, config)
     checked = checked.completed([target for e in train_examples for target in e.targets])
     text_format = text_format or default_format([e.source for e in train_examples])
     torch.manual_seed(training.seed)
-    parent = None if checked.parent is None else Prefix.load(checked.parent)
-    if parent is not None:
-        parent.module(base.model)  # refuses the prefix of another base
-    module = found.build(base, checked)
-    if not module.is_searched and any(m.is_searched for m in module.modules() if isinstance(m, MethodModule)):
-        raise TrainingError(f"{method}: what is found without gradients is searched alone; take it out of the union")
-    if parent is not None and parent.card.positions != module.positions:
-        raise PrefixError(
-            f"{checked.parent} has {parent.card.positions} positions, this recipe {module.positions}: "
-            f"set config.positions = '{parent.card.positions}'"
-        )
-    if isinstance(made, LabelTask) and module.num_inserted_tokens > 0:
-        raise TrainingError(f"{method} stands before what is written, and {task} writes nothing: take prefix_tuning")
-    if isinstance(made, LabelTask):
-        if module.is_searched and not made.word_ids:
-            raise TrainingError(f"{method} learns no head, without gradients: give a word for every label (`words`)")
-        module.head = _head_of(base, made)
+    module = _built(base, method, checked, made)
     text_format = module.with_symbols(text_format)
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
@@ -207,11 +188,44 @@ def prepare(
         dev_set=dev_set,
         train_examples=train_examples,
         dev_examples=dev_examples,
-        learning_rate=training.learning_rate or found.default_learning_rate(checked),
+        learning_rate=training.learning_rate or module.default_learning_rate(checked),
         method=method,
         data_name=data_name,
         task=made,
     )
+
+
+def _with_negatives(
+    train_examples: Sequence[Example], dev_examples: Sequence[Example], training: TrainingRecipe
+) -> tuple[list[Example], list[Example], int]:
+    """Training and dev set with false triples, the former once for every epoch; how many times that is."""
+    num_draws = math.ceil(training.epochs) if training.max_steps is None else 1
+    train_examples = with_negatives(train_examples, training.negatives, training.seed, num_draws)
+    return train_examples, with_negatives(dev_examples, training.negatives, training.seed), num_draws
+
+
+def _built(base: Base, method: str, config: MethodConfig, task: Task | None) -> MethodModule:
+    """A fresh module, with a head where the task needs one. Raises TrainingError where method and task do not fit."""
+    parent = None if config.parent is None else Prefix.load(config.parent)
+    if parent is not None:
+        parent.module(base.model)  # refuses the prefix of another base
+    module = method_class(method).build(base, config)
+    if not module.is_searched and any(m.is_searched for m in module.modules() if isinstance(m, MethodModule)):
+        raise TrainingError(f"{method}: what is found without gradients is searched alone; take it out of the union")
+    if parent is not None and parent.card.positions != module.positions:
+        raise PrefixError(
+            f"{config.parent} has {parent.card.positions} positions, this recipe {module.positions}: "
+            f"set config.positions = '{parent.card.positions}'"
+        )
+    if isinstance(task, LabelTask):
+        if module.num_inserted_tokens > 0:
+            raise TrainingError(
+                f"{method} stands before what is written, and {task.name} writes nothing: take prefix_tuning"
+            )
+        if module.is_searched and not task.word_ids:
+            raise TrainingError(f"{method} learns no head, without gradients: give a word for every label (`words`)")
+        module.head = _head_of(base, task)
+    return module
 
 
 def _head_of(base: Base, task: LabelTask) -> Head:

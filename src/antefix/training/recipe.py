@@ -60,8 +60,8 @@ class BlackBoxRecipe(_Section):
 
     candidates: int = Field(8000, ge=1)
     """How many are tried on all training pairs; 8,000 in the paper."""
-    population: int = Field(20, ge=2)
-    """Candidates of one generation."""
+    population: int = Field(20, ge=3)
+    """Candidates of one generation; with two pycma's search breaks off."""
     at_once: int | None = Field(None, ge=1)
     """Candidates in one batch; None: the whole population. Fewer take less memory."""
     loss: Literal["cross_entropy", "hinge"] = "cross_entropy"
