@@ -2,7 +2,7 @@
 
 All arms take the same pairs in every optimiser step, with the same schedule, clipping and optimiser (`trained`). Where
 an arm's model can take packed rows it gets them, which changes no loss; PEFT's prefix-tuning cannot, and gets its
-pairs sorted by length and padded.
+pairs sorted by length and padded; on an accelerator all arms' pairs are padded, which is faster there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import antefix
 from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Base
-from antefix.batches.batch import packed_batch, padded_batch
+from antefix.batches.form import BatchForm, batch_of
 from antefix.batches.head import pair_losses
 from antefix.benchmarks.peers import peft_generate
 from antefix.data import sample_pairs
@@ -60,7 +60,7 @@ class Ours:
         if "num_virtual_tokens" in found.Config.model_fields:
             config = {"num_virtual_tokens": NUM_SLOTS, **config}
         self._base, self._method, self._config = base, method, config
-        self._module = found.build(base, found.Config.model_validate(config))
+        self._module = found.build(base, found.Config.model_validate(config)).to(base.model.device)
         self.parameters = [p for p in self._module.parameters() if p.requires_grad]
 
     @property
@@ -80,7 +80,7 @@ class Ours:
             yield self._base
 
     def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
-        return packed_losses(base, data, units)
+        return pairs_losses(base, data, units)
 
 
 class PeftPrefix:
@@ -105,7 +105,7 @@ class PeftPrefix:
         for part in microbatches(
             data, [Unit(u.example, (t,)) for u in units for t in u.targets], TOKENS_PER_BATCH, packed=False
         ):
-            batch = padded_batch(data, part, base.model)
+            batch = batch_of("padded", data, part, base.model)
             logits = base.model(
                 input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"]
             ).logits
@@ -125,7 +125,7 @@ class Weights:
             yield self._base
 
     def losses(self, base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
-        return packed_losses(base, data, units)
+        return pairs_losses(base, data, units)
 
 
 def peft_lora(base: Base) -> Weights:
@@ -159,9 +159,11 @@ ARMS: dict[str, Callable[[Base], Arm]] = {
 }
 
 
-def packed_losses(base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
-    for part in microbatches(data, units, TOKENS_PER_BATCH, packed=True):
-        yield pair_losses(base.model, packed_batch(data, part, base.model)).sum()
+def pairs_losses(base: Base, data: Encoded, units: Sequence[Unit]) -> Iterator[Tensor]:
+    """The sum of the pairs' losses of every forward pass."""
+    form: BatchForm = "packed" if base.model.device.type == "cpu" else "padded"
+    for part in microbatches(data, units, TOKENS_PER_BATCH, packed=form == "packed"):
+        yield pair_losses(base.model, batch_of(form, data, part, base.model)).sum()
 
 
 @dataclass(frozen=True, kw_only=True)

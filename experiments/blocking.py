@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import antefix
 from antefix.data import sample_pairs
 from antefix.data.example import Example
 
 from arms import Ours, Schedule, encoded, scored, trained, webnlg_examples  # isort: skip
+from smollm import smollm  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "blocking"
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def run(folder: Path, name: str, seed: int) -> dict[str, Any]:
-    base = antefix.load_base("smollm2-135m", dtype="float32")
+    base = smollm()
     method, config = ARMS[name]
     arm = Ours(base, method, **config)
     train = encoded(base, sample_pairs(long_ones(webnlg_examples(folder / "train.jsonl.gz")), PAIRS, seed=0))

@@ -20,12 +20,9 @@ from typing import Any
 
 import torch
 
-import antefix
 from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Base
-from antefix.batches.batch import packed_batch
-from antefix.batches.head import pair_losses
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import all_units
 from antefix.methods import method_class
@@ -34,6 +31,8 @@ from antefix.self_study import Conversation, Study
 from antefix.training.cartridge import STUDY_FILE, CartridgeRun, study_file, train_cartridge
 from antefix.training.recipe import TrainingRecipe
 
+from arms import pairs_losses  # isort: skip
+from smollm import smollm  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
 RESULTS, WORK = ROOT / "results" / "cartridge_warhol", ROOT / "experiments" / "work" / "cartridge_warhol"
@@ -85,7 +84,7 @@ def run_of(document: Path, slots: int, seed: int, conversations: int) -> Cartrid
 
 def study(document: Path, name: str, seed: int, conversations: int) -> dict[str, Any]:
     """Questions and answers into a file; it goes on where it was interrupted."""
-    base = antefix.load_base("smollm2-135m", dtype="float32")
+    base = smollm()
     made = study_file(base, run_of(document, SLOTS[0], seed, conversations), WORK / name / STUDY_FILE)
     return {"conversations": len(made), "answer_tokens": sum(len(c.answer) for c in made), "precision": base.precision}
 
@@ -96,7 +95,7 @@ def held_out(base: Base, document: Path) -> list[Conversation]:
 
 def in_context(document: Path) -> dict[str, Any]:
     """With nothing in context, and with the document."""
-    base = antefix.load_base("smollm2-135m", dtype="float32")
+    base = smollm()
     ids = base.tokenizer(document.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     some = held_out(base, document)
     one_slot = sum(t.numel() * 4 for t in module_of(base, document, 1).kept_tensors().values()) / 2**20
@@ -112,7 +111,7 @@ def in_context(document: Path) -> dict[str, Any]:
 
 def cartridge(document: Path, slots: int) -> dict[str, Any]:
     """Before and after training."""
-    base = antefix.load_base("smollm2-135m", dtype="float32")
+    base = smollm()
     some = held_out(base, document)
     module = module_of(base, document, slots)
     with attached(base.model, module):
@@ -137,7 +136,7 @@ def loss(base: Base, conversations: list[Conversation], before: list[int] | None
     total = tokens = 0.0
     for c in conversations:
         encoded = Encoded((EncodedExample((*(before or ()), *c.prompt), (c.answer,)),), 0, 0)
-        total += float(pair_losses(base.model, packed_batch(encoded, all_units(encoded, 1), base.model)).sum())
+        total += sum(float(loss) for loss in pairs_losses(base, encoded, all_units(encoded)))
         tokens += len(c.answer)
     return total / tokens
 

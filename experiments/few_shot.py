@@ -3,8 +3,8 @@
     python experiments/few_shot.py path/to/sst2_16shot
 
 SmolLM2-135M in float32, three of T-Few's draws, the same 500 test sentences for all. A label's score is the logit of
-its word behind `SENTENCE It was`, and no head is learned; (IA)^3 ranks the same words with T-Few's losses and recipe,
-in 400 of its 1,000 steps (`t_few`). Every method has its default size.
+its word behind `SENTENCE It was`, and no head is learned; (IA)^3 ranks the same words with T-Few's losses and recipe
+(`t_few`). Every method has its default size.
 
 Methods with gradients take 120 steps of eight sentences; the learning rate is the best of three on the first draw,
 after a third of the steps with a schedule of their own. Dev set, for rates and for the step that is kept: as many
@@ -12,7 +12,8 @@ sentences as are trained on. Black-box tuning tries 600 candidates (8,000 in the
 only one for each of 30 layers of BBTv2. A forward call is one candidate on all training sentences; those on the dev set
 are not counted.
 
-Writes `results/few_shot/`; three hours on two cores, as two processes with one thread each.
+Writes `results/few_shot/`; minutes on an accelerator, three and a half hours on two
+cores (two processes with one thread each).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ RANKED, BLACK_BOX = "ia3", ("bbt", "bbt_v2")
 ARMS = (*SEARCHED, RANKED, *BLACK_BOX)
 DRAWS = (0, 1, 32)
 DEV_OF_A_CLASS, TEST = 16, 500
-EPOCHS, SEARCH_EPOCHS, EVALUATIONS, RANKED_STEPS = 30.0, 10.0, 4, 400
+EPOCHS, SEARCH_EPOCHS, EVALUATIONS = 30.0, 10.0, 4
 CANDIDATES, POPULATION = 600, 20
 WORDS = {"negative": " bad", "positive": " great"}
 FORMAT = TextFormat(separator=" It was")
@@ -78,7 +79,7 @@ def main() -> None:
 def seconds(arm: str, epochs: float) -> float:
     """Of training, for the estimate."""
     if arm == RANKED:
-        return RANKED_STEPS * t_few.EXAMPLES_A_STEP * (TRAIN_TOKENS + 2 * len(WORDS)) / TRAINED
+        return t_few.STEPS * t_few.EXAMPLES_A_STEP * (TRAIN_TOKENS + 2 * len(WORDS)) / TRAINED
     sentences = len(CLASSES) * 16
     evaluated = EVALUATIONS * sentences * TEST_TOKENS / READ
     if arm in BLACK_BOX:
@@ -127,7 +128,7 @@ def final(folder: Path, arm: str, rate: float | None, draw: int) -> dict[str, An
     started = time.perf_counter()
     if arm == RANKED:
         test = with_choices(test)
-        prefix = t_few.trained(base, with_choices(train), FORMAT, steps=RANKED_STEPS, seed=draw)
+        prefix = t_few.trained(base, with_choices(train), FORMAT, seed=draw)
     else:
         prefix = trained(base, train, dev, arm, rate, draw, EPOCHS)
     trained_at = time.perf_counter()

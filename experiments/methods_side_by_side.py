@@ -12,7 +12,7 @@ run at their paper's own size too. Units, in this order:
 - costs: time and memory of all methods in turn (`method_costs`), on a machine that does nothing else.
 
 Every finished unit is a file in `results/methods_side_by_side/units/`: figures, no texts. About three hours on two
-cores.
+cores; costs are taken on the processor, the rest on an accelerator where there is one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from antefix.methods import method_class
 from arms import Ours, Schedule, pairs_of, scored, trained  # isort: skip
 from method_costs import costs  # isort: skip
 from methods_report import write_report  # isort: skip
+from smollm import smollm  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "methods_side_by_side"
@@ -63,7 +64,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     e2e = Path(sys.argv[1]).resolve()
-    base = antefix.load_base("smollm2-135m", dtype="float32")
+    base = smollm()
     configs = {name: solved(base, name, sizes) for name, sizes in SIZES.items()}
     configs |= {f"{name} at its paper's size": (name, config) for name, config in PAPERS_SIZES.items()}
     for name, (method, config) in configs.items():
@@ -121,7 +122,7 @@ def run(
     e2e: Path, method: str, config: dict[str, Any], rate: float, pairs: int, seed: int, *, final: bool = False
 ) -> dict[str, Any]:
     """Train on the first `pairs` of the same 1,000. final: also write texts, and take time and memory."""
-    base = antefix.load_base("smollm2-135m", dtype="float32")
+    base = smollm()
     train, dev = (pairs_of(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
     arm = Ours(base, method, **config)
     schedule = Schedule(learning_rate=rate, pairs_seen=pairs, seed=seed, evaluate_every=250 if final else None)

@@ -17,13 +17,11 @@ STEPS, EXAMPLES_A_STEP = 1000, 8
 """As in the paper, for all of its tasks."""
 
 
-def trained(
-    base: antefix.Base, examples: Sequence[Example], text_format: TextFormat, *, steps: int, seed: int
-) -> antefix.Prefix:
+def trained(base: antefix.Base, examples: Sequence[Example], text_format: TextFormat, *, seed: int) -> antefix.Prefix:
     """On examples with choices."""
     training = TrainingRecipe(
-        max_steps=steps, pairs_per_step=EXAMPLES_A_STEP, optimiser="adafactor", learning_rate=3e-3,
-        warmup_steps=round(0.06 * steps), evaluations=0, seed=seed,
+        max_steps=STEPS, pairs_per_step=EXAMPLES_A_STEP, optimiser="adafactor", learning_rate=3e-3,
+        warmup_steps=round(0.06 * STEPS), evaluations=0, seed=seed,
     )  # fmt: skip
     return antefix.train(
         base, examples, dev=(), method="ia3", task="ranking", text_format=text_format, training=training

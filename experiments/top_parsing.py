@@ -12,7 +12,8 @@ the share of well-formed frames of greedy texts; and the same where only frames 
 written again for that: of a frame every token was the likeliest one that fits, so it would come out again. The labels
 that may be written are those of the new tokens, where there are some, else any.
 
-Writes `results/top_parsing/`; three and a half hours on two cores, as two processes with one thread each.
+Writes `results/top_parsing/`; minutes on an accelerator, three and a half hours on two cores (two
+processes with one thread each).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ARMS = ("prefix_tuning", "prefix_tuning+special_tokens", "bitfit", "bitfit+speci
 EPOCHS = {200: 6.0, 500: 3.0, 1500: 1.5}
 """Training rows -> how often they are seen."""
 SEARCH_ROWS, SEARCH_EPOCHS = 200, 1.5
-DEV, TEST = 100, 500
+DEV, TEST, ROWS_AT_ONCE = 100, 500, 100
 FREE = antefix.Decoding(max_new_tokens=120)
 FRAMES = FREE.model_copy(update={"frames": True})
 METRICS = ("accuracy", "frame_f1", "well_formed")
@@ -145,12 +146,12 @@ def final(folder: Path, arm: str, rate: float, rows: int) -> dict[str, Any]:
 
 def parses(base: antefix.Base, test: list[Example]) -> tuple[list[str], list[str]]:
     """Texts as they come, and texts of which all are frames."""
-    free = antefix.generate(base, test, decoding=FREE, batch_size=32)
+    free = antefix.generate(base, test, decoding=FREE, batch_size=ROWS_AT_ONCE)
     again = [n for n, text in enumerate(free) if parse(text) is None]
     if not again:
         return free, free
     frames = list(free)
-    written = antefix.generate(base, [test[n] for n in again], decoding=FRAMES, batch_size=32)
+    written = antefix.generate(base, [test[n] for n in again], decoding=FRAMES, batch_size=ROWS_AT_ONCE)
     for n, text in zip(again, written, strict=True):
         frames[n] = text
     return free, frames

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from antefix import atomic
@@ -82,9 +83,10 @@ def _missing(folder: Path, units: Mapping[str, Unit]) -> list[str]:
 
 
 def made_with() -> dict[str, Any]:
-    """The processor and the versions that change figures."""
-    found = description()
-    return {"processor": found["processor"], "features": found["features"], **found["versions"]}
+    """The processor, the accelerator where there is one, and the versions that change figures."""
+    found = description("cuda" if torch.cuda.is_available() else "cpu")
+    machine = {name: found[name] for name in ("accelerator", "processor", "features") if name in found}
+    return machine | found["versions"]
 
 
 def commit() -> str:
