@@ -68,6 +68,11 @@ class Ours:
         """How many values a kept one holds."""
         return sum(t.numel() for t in self._module.kept_tensors().values())
 
+    @property
+    def num_inserted_tokens(self) -> int:
+        """Tokens that stand behind every source."""
+        return self._module.num_inserted_tokens
+
     def over(self, base: Base) -> Ours:
         """The same prefix over another copy of its base."""
         other = Ours(base, self._method, **self._config)
@@ -228,15 +233,15 @@ def scored(arm: Arm, examples: Sequence[antefix.Example]) -> dict[str, Any]:
     return {"bleu": found.score, "inputs": len(examples), "counts": [[int(n) for n in row] for row in found.rows]}
 
 
-def pairs_of(base: Base, data: str, pairs: int, seed: int = 0) -> Encoded:
+def pairs_of(base: Base, data: str, pairs: int, seed: int = 0, inserted: int = 0) -> Encoded:
     """Whole sources with their targets, drawn from a data file."""
-    return encoded(base, sample_pairs(antefix.read(data), pairs, seed))
+    return encoded(base, sample_pairs(antefix.read(data), pairs, seed), inserted)
 
 
-def encoded(base: Base, examples: Sequence[antefix.Example]) -> Encoded:
-    """Examples in their default text format."""
+def encoded(base: Base, examples: Sequence[antefix.Example], inserted: int = 0) -> Encoded:
+    """Examples in their default text format. inserted: tokens of a method that stand behind the source."""
     text_format = default_format([e.source for e in examples])
-    return encode(examples, text_format, base.tokenizer, Limits(context=base.context_length))
+    return encode(examples, text_format, base.tokenizer, Limits(context=base.context_length, inserted=inserted))
 
 
 def webnlg_examples(path: Path, seen: bool | None = None) -> list[antefix.Example]:

@@ -38,6 +38,7 @@ SLOTS = [{"num_virtual_tokens": n} for n in range(10, 0, -1)]
 SIZES: dict[str, list[dict[str, Any]]] = {
     "prefix_tuning": SLOTS,
     "infix": SLOTS,
+    "soft_infix": SLOTS,
     "p_tuning_v2": SLOTS,
     "apt": SLOTS,
     "hierarchical_blocking": SLOTS,
@@ -123,8 +124,11 @@ def run(
 ) -> dict[str, Any]:
     """Train on the first `pairs` of the same 1,000. final: also write texts, and take time and memory."""
     base = smollm()
-    train, dev = (pairs_of(base, f"{e2e}::{name}.csv", n) for name, n in (("trainset", 1000), ("devset", 200)))
     arm = Ours(base, method, **config)
+    train, dev = (
+        pairs_of(base, f"{e2e}::{name}.csv", n, inserted=arm.num_inserted_tokens)
+        for name, n in (("trainset", 1000), ("devset", 200))
+    )
     schedule = Schedule(learning_rate=rate, pairs_seen=pairs, seed=seed, evaluate_every=250 if final else None)
     curve = [(seen, loss if math.isfinite(loss) else 99.0) for seen, loss in trained(arm, train, dev, schedule)]
     made = {"method": method, "config": config, "learning_rate": rate, "seed": seed, "precision": base.precision}
