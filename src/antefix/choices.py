@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from antefix.attach import current_attachment, rows_of_batch, rows_of_sources
+from antefix.attention.hook import routed
 from antefix.base import Base
 from antefix.batches.choices import choice_scores
 from antefix.batches.form import batch_form, batch_of
@@ -40,7 +41,7 @@ def choose_each(
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         units = [Unit(n, tuple(range(len(examples[n].choices)))) for n in indices]
-        with rows_of_batch(base.model, rows, indices):
+        with rows_of_batch(base.model, rows, indices), routed(base.model):
             batch = batch_of(form, encoded, units, base.model)
             losses_N = label_losses(base.model, batch)
         assert batch.choices is not None
