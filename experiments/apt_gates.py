@@ -3,12 +3,13 @@
     python experiments/apt_gates.py path/to/sst2_16shot path/to/wnut17
 
 MiniLM, 16 slots, gates at one where training starts; the mean over 100 test texts of what multiplies a slot. Names in
-noisy texts (every word's tag) have gates from each token's own state, sentiment (one label) gates from the text's
+noisy texts (every word's tag, 1,000 sentences) have gates from each token's own state, sentiment (one label) gates from the text's
 first token, and from each token for comparison. Three seeds of each. Writes `results/apt_gates/`; a quarter of an hour.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import statistics
 import sys
@@ -32,7 +33,7 @@ from antefix.tasks import METRICS_OF
 from antefix.tasks.label import LabelTaskName
 from antefix.training.recipe import TrainingRecipe
 
-from few_labels import DRAWS, names, sentiment  # isort: skip
+from few_labels import DEV, DRAWS, sentiment  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "apt_gates"
@@ -41,7 +42,7 @@ ARMS: dict[str, tuple[LabelTaskName, GateFrom]] = {
     "sentiment, gates from the first token": ("classification", "first"),
     "sentiment, gates from every token": ("classification", "token"),
 }
-SEEDS, SLOTS, TEXTS = (0, 1, 2), 16, 100
+SEEDS, SLOTS, TEXTS, TRAIN = (0, 1, 2), 16, 100, 1000
 
 
 class Watched(Apt):
@@ -104,6 +105,19 @@ def few_sentences(folder: Path) -> tuple[list[Example], list[Example], list[Exam
     """All five draws of 32 sentences as one training set."""
     draws = [sentiment(folder, draw) for draw in DRAWS]
     return [e for train, _, _ in draws for e in train], draws[0][1], draws[0][2]
+
+
+def names(folder: Path) -> tuple[list[Example], list[Example], list[Example]]:
+    """Some training and dev sentences, all test sentences."""
+    work = ROOT / "experiments" / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    as_conll = work / "wnut17_test.conll"  # the file's own name ends in .annotated
+    as_conll.write_bytes(gzip.decompress((folder / "emerging.test.annotated.gz").read_bytes()))
+    train, dev, test = (
+        antefix.read(str(path))
+        for path in (folder / "wnut17train.conll.gz", folder / "emerging.dev.conll.gz", as_conll)
+    )
+    return list(train)[:TRAIN], list(dev)[::5][:DEV], list(test)
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
