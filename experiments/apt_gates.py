@@ -3,8 +3,9 @@
     python experiments/apt_gates.py path/to/sst2_16shot path/to/wnut17
 
 MiniLM, 16 slots, gates at one where training starts; the mean over 100 test texts of what multiplies a slot. Names in
-noisy texts (every word's tag, 1,000 sentences) have gates from each token's own state, sentiment (one label) gates from the text's
-first token, and from each token for comparison. Three seeds of each. Writes `results/apt_gates/`; a quarter of an hour.
+noisy texts (every word's tag, 1,000 sentences) have gates from each token's own state, sentiment (one label) gates from
+the text's first token, and from each token for comparison. Three seeds of each. Writes `results/apt_gates/`; a quarter
+of an hour.
 """
 
 from __future__ import annotations

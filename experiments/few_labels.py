@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from antefix.data.example import Example
 from antefix.methods import method_class
 from antefix.metrics import score
 from antefix.tasks import METRICS_OF
-from antefix.tasks.label import LabelTaskName
 from antefix.training.prepared import prepare
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import run
