@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from antefix.cli.output import Json, console, print_json
 from antefix.errors import TrainingError
+
+if TYPE_CHECKING:
+    from antefix.prefix import Prefix
 
 
 def cartridge(
@@ -67,17 +70,17 @@ def cartridge(
         )
     prefix.save(output)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-    facts = prefix.card.training
     if as_json:
-        result = {
-            "prefix": str(output),
-            "run": str(folder),
-            "bytes": prefix.num_bytes,
-            "dev": prefix.card.scores["dev"],
-        }
-        print_json(result | {name: facts[name] for name in ("conversations", "steps", "kept_step", "seconds")})
+        facts = {name: prefix.card.training[name] for name in ("conversations", "steps", "kept_step", "seconds")}
+        kept = {"prefix": str(output), "run": str(folder), "bytes": prefix.num_bytes, "dev": prefix.card.scores["dev"]}
+        print_json(kept | facts)
     else:
-        typer.echo(
-            f"kept {output} ({prefix.num_bytes / 1024:,.0f} KiB, {facts['conversations']} conversations, step "
-            f"{facts['kept_step']} of {facts['steps']}); conversations are in {folder}"
-        )
+        typer.echo(_told(prefix, output, folder))
+
+
+def _told(prefix: Prefix, output: Path, folder: Path) -> str:
+    facts = prefix.card.training
+    return (
+        f"kept {output} ({prefix.num_bytes / 1024:,.0f} KiB, {facts['conversations']} conversations, step "
+        f"{facts['kept_step']} of {facts['steps']}); conversations are in {folder}"
+    )

@@ -57,24 +57,16 @@ def evaluate(
     `antefix eval --references test.csv --hypotheses texts.jsonl --record bank/menus`
     """
     from antefix.metrics.report import measure
+    from antefix.prefix import Prefix
 
-    prefix = None
-    if record is not None:
-        from antefix.prefix import Prefix
-
-        prefix = Prefix.load(record)
+    prefix = None if record is None else Prefix.load(record)  # a broken one is told before anything is scored
+    names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     out = console()
     with out.status("scoring"):
         report = measure(
-            references,
-            hypotheses,
-            split=split,
-            metrics=None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()],
-            compare=compare,
-            with_fields=fields,
-            resamples=resamples,
-            seed=seed,
-        )
+            references, hypotheses, split=split, metrics=names, compare=compare, with_fields=fields,
+            resamples=resamples, seed=seed,
+        )  # fmt: skip
     if prefix is not None and record is not None:
         prefix.with_scores("test", report.to_card()).save(record, overwrite=True)
         out.print(f"recorded on the card of {record}", highlight=False, soft_wrap=True)

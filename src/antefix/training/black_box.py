@@ -97,21 +97,15 @@ def search_loop(
                     best = module.kept()
             if known is None:
                 written.add({"losses": losses, "dev": scores})
-                passed = time.perf_counter() - started
-                done = progress.step - written.at_start
-                watch(
-                    StepReport(
-                        step=progress.step,
-                        num_steps=num_generations,
-                        loss=min(losses),
-                        learning_rate=float(searches[turn].sigma),
-                        batch_form=form,
-                        pairs_per_second=done * recipe.black_box.population * train_set.num_pairs / passed,
-                        seconds_left=passed / done * (num_generations - progress.step),
-                        dev_scores=scores,
-                        is_best=is_best,
-                    )
-                )
+                seconds = (time.perf_counter() - started) / (progress.step - written.at_start)
+                report = StepReport(
+                    step=progress.step, num_steps=num_generations, loss=min(losses),
+                    learning_rate=float(searches[turn].sigma), batch_form=form,
+                    pairs_per_second=len(losses) * train_set.num_pairs / seconds,
+                    seconds_left=seconds * (num_generations - progress.step),
+                    dev_scores=scores, is_best=is_best,
+                )  # fmt: skip
+                watch(report)
                 if stop_requested() and progress.step < num_generations:
                     raise KeyboardInterrupt
             if progress.stopped_early:
