@@ -15,7 +15,7 @@ from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("script", ["trainer.py", "trl_sft.py"])
+@pytest.mark.parametrize("script", ["pytorch_loop.py", "trainer.py", "trl_sft.py"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_foreign_training_loop_trains_a_prefix(
     script: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
