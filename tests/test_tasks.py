@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENCODER_ONLY, METHOD_CONFIGS, tiny_base
+from transformers import BertTokenizer
 from typer.testing import CliRunner
 
 import antefix
@@ -111,6 +112,26 @@ def test_places_are_first_tokens_in_encoders_and_last_ones_in_decoders() -> None
     task = LabelTask.of("classification", ANIMALS)
     ids, places, _ = task.encoder(TextFormat(), tokenizer, for_encoder=False)("a cat")
     assert places == [len(ids) - 1]
+
+
+def test_a_word_of_which_no_token_is_made_has_a_tag() -> None:
+    """WordPiece drops control signs; what stands for such a word is the unknown token."""
+    tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"))})
+    encode = LabelTask.of("tagging", TAGGED).encoder(TextFormat(linearise="words"), tokenizer, for_encoder=True)
+    ids, places, _ = encode(Words(("a", "\u200b", "b")))
+    assert ids == [2, 4, 1, 5, 3]
+    assert places == [1, 2, 3]
+    wrong = antefix.Example(source=Words(("a", "b", "a")), targets=("O O",))
+    task = LabelTask.of("tagging", TAGGED)
+    with pytest.raises(DataError, match="2 tags for 3 words: one a word is needed"):
+        task.encode([wrong], TextFormat(linearise="words"), tokenizer, Limits(context=None), for_encoder=True)
+
+
+def test_a_text_that_does_not_fit_is_told() -> None:
+    base = tiny_base("bert")
+    prefix = trained(base, "classification", ANIMALS)
+    with attached(base.model, prefix), pytest.raises(GenerationError, match="source 2 has .* tokens, more than"):
+        label(base, ["a cat", "a cat " * 500])
 
 
 def test_conll_files_are_read(tmp_path: Path) -> None:

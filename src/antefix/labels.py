@@ -93,6 +93,7 @@ def scores_each(
         for n in set(index)
     }
     encoded = [encoders[n](source) for source, n in zip(plain, index, strict=True)]
+    _refuse_long(base, [ids for ids, *_ in encoded])
     order = sorted(range(len(plain)), key=lambda n: -len(encoded[n][0]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -107,6 +108,15 @@ def _states(base: Base, ids: Sequence[list[int]]) -> Tensor:
     padded, mask = (x.to(base.model.device) for x in right_padded(ids, base.tokenizer.pad_token_id))
     with told(base.model, source_lengths=torch.tensor([len(row) for row in ids])):
         return last_hidden_states(base.model, {"input_ids": padded, "attention_mask": mask})
+
+
+def _refuse_long(base: Base, ids: Sequence[Sequence[int]]) -> None:
+    limit = base.context_length
+    for number, row in enumerate(ids, start=1):
+        if limit is not None and len(row) > limit:
+            raise GenerationError(
+                f"source {number} has {len(row)} tokens, more than the base's context of {limit}; shorten it"
+            )
 
 
 def _attachment(base: Base) -> Attachment:

@@ -88,7 +88,7 @@ class LabelTask(BaseModel):
 
         A whole text's label is read off an encoder's first token and a decoder's last one; a word's off its first token
         in an encoder, its last one in a decoder. Raises DataError naming the row for a label that the task does not
-        know, and for a text that does not fit.
+        know, for tags that are not one a word, and for a text that does not fit.
         """
         encoded, num_cut = [], 0
         encode = self.encoder(text_format, tokenizer, for_encoder=for_encoder)
@@ -104,8 +104,11 @@ class LabelTask(BaseModel):
                     "shorten it, or set data.max_source_tokens to have texts cut"
                 )
             targets = tuple(self._numbers(target, where_of(example)) for target in example.targets)
-            if any(len(target) != len(places) for target in targets):
-                raise DataError(f"{where_of(example)}: some words make no tokens, or were cut: shorten the text")
+            for target in targets:
+                if len(target) != len(places):
+                    raise DataError(
+                        f"{where_of(example)}: {len(target)} tags for {len(places)} words: one a word is needed"
+                    )
             encoded.append(EncodedExample(tuple(ids), targets, places=tuple(places)))
         return Encoded(tuple(encoded), num_cut, 0)
 
@@ -142,15 +145,21 @@ class LabelTask(BaseModel):
 def _encode_words(
     source: Source, tokenizer: PreTrainedTokenizerBase, for_encoder: bool
 ) -> tuple[list[int], list[int], bool]:
+    """A word of which a tokenizer makes nothing (of signs that it drops) stands as the unknown one: each has a tag."""
     if not isinstance(source, Words):
         raise DataError("tagging needs words")
-    found = tokenizer(list(source.words), is_split_into_words=True)
-    ids, word_of = list(found["input_ids"]), found.word_ids()
+    words = list(source.words)
+    found = tokenizer(words, is_split_into_words=True)
+    if nothing := set(range(len(words))) - set(found.word_ids()):
+        if tokenizer.unk_token is None:
+            raise DataError(f"the tokenizer makes nothing of '{words[min(nothing)]}' (word {min(nothing) + 1})")
+        words = [tokenizer.unk_token if n in nothing else word for n, word in enumerate(words)]
+        found = tokenizer(words, is_split_into_words=True)
     chosen: dict[int, int] = {}
-    for place, word in enumerate(word_of):
+    for place, word in enumerate(found.word_ids()):
         if word is not None and (word not in chosen or not for_encoder):
             chosen[word] = place
-    return ids, [chosen[word] for word in sorted(chosen)], False
+    return list(found["input_ids"]), [chosen[word] for word in sorted(chosen)], False
 
 
 def _labels_in(name: LabelTaskName, target: str) -> list[str]:
