@@ -130,6 +130,29 @@ def test_beams_write_for_a_batch_what_they_write_for_its_rows(unlike_base: Base,
             assert torch.equal(written(unlike_base, alone, num_beams=3)[0], together[row])
 
 
+LOOK_AT_THE_WHOLE_SOURCE = ("sparse_prefix",)
+"""Whose slots depend on all of a source, before its end too."""
+
+
+def test_a_source_that_is_read_in_pieces_is_the_source_or_refused(unlike_base: Base, method: str) -> None:
+    if unlike_base.name.removeprefix("tiny-") in ENCODER_DECODER:
+        pytest.skip("an encoder reads in one pass")
+    batch = prompts(unlike_base)
+    with mixed(unlike_base, method):
+        whole = written(unlike_base, batch)
+        if method in LOOK_AT_THE_WHOLE_SOURCE:
+            with pytest.raises(PrefixError, match="let sources be read in one pass"):
+                written(unlike_base, batch, prefill_chunk_size=2)
+        else:
+            assert torch.equal(written(unlike_base, batch, prefill_chunk_size=2), whole)
+
+
+def test_gates_of_a_mean_refuse_a_source_in_pieces() -> None:
+    base = tiny_base("llama")
+    with mixed(base, "apt", gate_from="mean"), pytest.raises(PrefixError, match="let sources be read in one pass"):
+        written(base, prompts(base), prefill_chunk_size=2)
+
+
 @pytest.mark.parametrize("guess", ["prompt lookup", "assistant"])
 def test_guessing_ahead_changes_nothing(unlike_base: Base, method: str, guess: str) -> None:
     batch = {key: value[:1] for key, value in prompts(unlike_base).items()}

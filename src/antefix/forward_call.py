@@ -69,7 +69,8 @@ def text_places(mask_BS: Tensor, past: int, begins_B1: Tensor) -> Places:
     """Where the tokens of a decoder without an encoder stand. mask_BS: as `real_tokens` gives it."""
     num_rows, length = mask_BS.shape[0], mask_BS.shape[1] - past
     count, column = mask_BS.cumsum(1), torch.arange(past + length, device=mask_BS.device)
-    source_length = (mask_BS * (column < begins_B1)).sum(1, keepdim=True)
+    unread_B1 = (begins_B1 - (past + length)).clamp(min=0)  # of a source that is fed in pieces
+    source_length = (mask_BS * (column < begins_B1)).sum(1, keepdim=True) + unread_B1
     real, index, is_target = (x[:, -length:] for x in (mask_BS.bool(), count - 1, column >= begins_B1))
     return Places(
         is_source=real & ~is_target,
@@ -79,6 +80,7 @@ def text_places(mask_BS: Tensor, past: int, begins_B1: Tensor) -> Places:
         text=_rows(num_rows, length, mask_BS.device),
         num_texts=num_rows,
         begins=past == 0,
+        sources_end=not bool(unread_B1.any()),
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from antefix.attention.partial import Partial, Scores
+from antefix.errors import PrefixError
 
 
 class Share(NamedTuple):
@@ -64,6 +65,8 @@ class Places:
     num_texts: int
     begins: bool
     """Whether texts begin in this pass; else what was learned of their beginning is in `Call.memory`."""
+    sources_end: bool = True
+    """Whether all sources are read when this pass is."""
 
     @property
     def is_prompt(self) -> Tensor:
@@ -100,6 +103,16 @@ class Call:
     """Of the rows' second texts. Raises PrefixError where nobody gave them."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """What this branch keeps from the beginning of texts to their continuation."""
+
+    def whole_prompt(self) -> Tensor:
+        """Which tokens are a prompt's. Raises PrefixError where this pass reads only a part of some source."""
+        places = self.places()
+        if places.begins and not places.sources_end:
+            raise PrefixError(
+                "what is attached looks at the whole of a source before it acts: let sources be read in one pass "
+                "(no prefill_chunk_size)"
+            )
+        return places.is_prompt
 
     def of_prompt(self, name: str, value_BTX: Tensor, chosen_BT: Tensor) -> Tensor:
         """The mean of a value over the chosen tokens of every text's beginning, for every query: (B or 1, T, X).

@@ -14,9 +14,14 @@ from antefix.attention.branch import Branch, Call, Share
 from antefix.attention.partial import Scores
 
 
-def slot_scores(query_BHTD: Tensor, key_GPD: Tensor, scores: Scores) -> Tensor:
-    """Scaled products of queries and slots' keys, capped as the model caps: (B, H, T, P), float32 or wider."""
+def slot_scores(query_BHTD: Tensor, key_GPD: Tensor, scores: Scores, gate_BHTP: Tensor | None = None) -> Tensor:
+    """Scaled products of queries and slots' keys, capped as the model caps: (B, H, T, P), float32 or wider.
+
+    gate_BHTP: what keys are multiplied by, and so their products before any cap.
+    """
     products = torch.matmul(_wide(query_BHTD), _by_head(_wide(key_GPD), query_BHTD.shape[1]).mT) * scores.scale
+    if gate_BHTP is not None:
+        products = products * gate_BHTP
     return products if scores.softcap is None else torch.tanh(products / scores.softcap) * scores.softcap
 
 
@@ -36,8 +41,9 @@ class SlotBranch(Branch):
         self.key_GPD, self.value_GPE = key_GPD, value_GPE
 
     def __call__(self, call: Call) -> Share:
-        scores = self.changed(call, slot_scores(call.query_BHTD, self.key_GPD, call.scores))
-        return share_of(scores, self.value(call), self.gate(call))
+        gate = self.gate(call)
+        scores = self.changed(call, slot_scores(call.query_BHTD, self.key_GPD, call.scores, gate))
+        return share_of(scores, self.value(call), gate)
 
     def changed(self, call: Call, scores_BHTP: Tensor) -> Tensor:
         """The scores as they compete."""
@@ -48,7 +54,7 @@ class SlotBranch(Branch):
         return self.value_GPE[None]
 
     def gate(self, call: Call) -> Tensor | None:
-        """What values are multiplied by, (B or 1, 1 or H, T, P)."""
+        """What keys and values are multiplied by, (B or 1, 1 or H, T, P)."""
         return None
 
     def tensors(self) -> Sequence[Tensor]:

@@ -54,9 +54,6 @@ class AptBranch(SlotBranch):
         self._token_gate, self._layer_gate, self._gate_from = own.get("token_gate"), own.get("layer_gate"), gate_from
         self.needs_hidden_states = self._token_gate is not None and self._token_gate.ndim == 2
 
-    def changed(self, call: Call, scores_BHTP: Tensor) -> Tensor:
-        return scores_BHTP * self.gate(call)
-
     def gate(self, call: Call) -> Tensor:
         gate = self._of_tokens(call)
         # Without a gate of its own a layer weighs so that gates of a half are none.
@@ -72,8 +69,8 @@ class AptBranch(SlotBranch):
             return torch.sigmoid(weights)[None, None]
         state = call.hidden().to(weights.dtype)
         if self._gate_from != "token":
-            prompt = call.places().is_prompt
-            state = call.of_prompt("state", state, prompt if self._gate_from == "mean" else prompt & _first(call))
+            chosen = call.whole_prompt() if self._gate_from == "mean" else call.places().is_prompt & _first(call)
+            state = call.of_prompt("state", state, chosen)
         return torch.sigmoid(state @ weights)
 
 

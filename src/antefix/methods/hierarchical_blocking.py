@@ -14,10 +14,10 @@ the target, belongs to the target's first segment.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from antefix.attention.branch import Call, Places
@@ -37,6 +37,12 @@ class HierarchicalBlockingConfig(PrefixTuningConfig):
     """The part of the layers, from below, whose slots are blocked; 1: uniform blocking."""
     target_tokens: int = Field(64, ge=1)
     """The length that targets are cut by."""
+
+    @model_validator(mode="after")
+    def _every_block_has_a_slot(self) -> Self:
+        if self.num_virtual_tokens is not None and self.blocks > self.num_virtual_tokens:
+            raise ValueError(f"{self.blocks} blocks of {self.num_virtual_tokens} slots: give each block a slot")
+        return self
 
 
 class BlockedBranch(SlotBranch):

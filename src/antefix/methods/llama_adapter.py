@@ -26,7 +26,7 @@ from antefix.methods.base import MethodConfig, MethodModule
 from antefix.parts.key_value import KeyValue
 from antefix.parts.projected_rows import Projections
 from antefix.parts.site_tensors import SiteTensors, as_kept, checked
-from antefix.sites import Kind, Site, Sites, find_sites, sites_of_kinds
+from antefix.sites import Site, Sites, find_sites, sites_of_kinds
 
 _FEW_LAYERS = 4
 
@@ -36,7 +36,7 @@ class LlamaAdapterConfig(MethodConfig):
 
     num_virtual_tokens: int = Field(10, ge=1)
     """Rows a layer."""
-    sites: tuple[Kind, ...] = ("self", "encoder_self")
+    sites: tuple[Literal["self", "encoder_self"], ...] = ("self", "encoder_self")
     """Where it acts, of what the base has: `self`, `encoder_self`."""
     top_layers: int | None = Field(None, ge=1)
     """How many layers from the top; None: all but the lowest two, as in the paper, of more than four."""

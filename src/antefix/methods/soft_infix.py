@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from antefix.base import Base
@@ -32,7 +33,7 @@ _ROWS = "rows"
 class SoftInfixConfig(PromptTuningConfig):
     """The choices of infix-tuning with soft tokens."""
 
-    num_virtual_tokens: int = 10
+    num_virtual_tokens: int = Field(10, ge=1)
     """Soft tokens between source and target; 1, 10 and 20 in the paper."""
 
 

@@ -73,7 +73,7 @@ class SparseBranch(BlockedBranch):
         """(B, H, T, P)."""
         B, H, T, P = scores_BHTP.shape
         attention_BTX = torch.softmax(scores_BHTP, dim=-1).transpose(1, 2).reshape(B, T, H * P)
-        mean = call.of_prompt("attention", attention_BTX, call.places().is_prompt)
+        mean = call.of_prompt("attention", attention_BTX, call.whole_prompt())
         mean_BHTP = mean.view(mean.shape[0], -1, H, P).transpose(1, 2)
         order = mean_BHTP.argsort(dim=-1, descending=True, stable=True)
         top_k, top_p = self._config.top_k, self._config.top_p
