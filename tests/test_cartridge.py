@@ -20,10 +20,10 @@ from antefix.batches.head import pair_losses
 from antefix.cli import app
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, all_units
-from antefix.errors import BaseModelError, PrefixError, TrainingError
+from antefix.errors import BaseModelError, PrefixError, RecipeError, TrainingError
 from antefix.methods.cartridge import Cartridge, CartridgeConfig
 from antefix.prefix import Prefix
-from antefix.self_study import Conversation, Study, chat_ids, converse, top_tokens
+from antefix.self_study import Conversation, Study, chat_ids, converse, longest_chunk, top_tokens
 from antefix.training.cartridge import STUDY_FILE, CartridgeRun, study_file, train_cartridge
 from antefix.training.recipe import TrainingRecipe
 
@@ -167,6 +167,14 @@ def test_what_is_wrong_is_said(llama: Base, document: Path, tmp_path: Path) -> N
     (folder / STUDY_FILE).write_text("{", encoding="utf-8")
     with pytest.raises(TrainingError, match="not a readable study file"):
         train_cartridge(llama, run_of(document), folder)
+    with pytest.raises(BaseModelError, match="holds no document beside a conversation of"):
+        train_cartridge(llama, run_of(document, study=replace(STUDY, answer_tokens=100_000)), tmp_path / "long")
+    room = longest_chunk(llama, STUDY)
+    tight = run_of(document, study=replace(STUDY, answer_tokens=STUDY.answer_tokens + room - 2))
+    with pytest.raises(PrefixError, match="slots stand where 2 tokens of the base's context are left"):
+        train_cartridge(llama, tight, tmp_path / "tight")
+    with pytest.raises(BaseModelError, match="does not write from left to right"):
+        train_cartridge(tiny_base("bert"), run_of(document), tmp_path / "encoder")
     llama.tokenizer.chat_template = None
     with pytest.raises(BaseModelError, match="no chat template"):
         converse(llama, [5] * 50, STUDY, [0])
@@ -186,3 +194,8 @@ def test_the_command_keeps_a_cartridge(
     assert found["prefix"] == "bank/bear"
     assert found["steps"] > 0
     assert Prefix.load("bank/bear").card.method == "cartridge"
+    for wrong, told in (("--learning-rate", "learning_rate"), ("--slots", "num_virtual_tokens")):
+        value = {"--learning-rate": "0", "--slots": "2000000"}[wrong]
+        refused = CliRunner().invoke(app, [*command, "--output", "bank/other", wrong, value])
+        assert isinstance(refused.exception, RecipeError)
+        assert told in str(refused.exception)

@@ -16,6 +16,7 @@ import torch
 from antefix.base import Base
 from antefix.data.encode import EncodedExample, SoftLabel
 from antefix.errors import BaseModelError
+from antefix.sites import find_sites
 
 TOPICS = {
     "structuring": "Ask for one part of the text above to be put into a list or a table, and name that part.",
@@ -56,18 +57,38 @@ class Conversation:
         return EncodedExample(self.prompt, (self.answer,), (self.top,))
 
 
+def longest_chunk(base: Base, study: Study) -> int:
+    """How many tokens of a document fit into the base's context beside a conversation.
+
+    Raises BaseModelError for a base that cannot converse, or in whose context there is no room.
+    """
+    if not find_sites(base.model).is_causal:
+        raise BaseModelError(f"the base '{base.name}' does not write from left to right: take a chat model")
+    if base.tokenizer.chat_template is None:
+        raise BaseModelError(f"the base '{base.name}' has no chat template: take a chat model")
+    if base.context_length is None:
+        return max(study.chunk_tokens)
+    spoken = max(len(chat_ids(base, ask)) for ask in TOPICS.values()) + study.question_tokens + study.answer_tokens
+    room = base.context_length - spoken
+    if room < 1:
+        raise BaseModelError(
+            f"the context of '{base.name}' ({base.context_length} tokens) holds no document beside a conversation of "
+            f"{spoken}: take a base with a longer one"
+        )
+    return room
+
+
 @torch.no_grad()
 def converse(base: Base, document: Sequence[int], study: Study, numbers: Sequence[int]) -> list[Conversation]:
-    """The conversations of these numbers, all at once. Raises BaseModelError for a base without a chat template.
+    """The conversations of these numbers, all at once. Raises BaseModelError for a base that cannot converse.
 
     document: its token ids. What attends to the document has it right before the conversation.
     """
-    if base.tokenizer.chat_template is None:
-        raise BaseModelError(f"the base '{base.name}' has no chat template: take a chat model")
+    room = longest_chunk(base, study)
     chunks, asks = [], []
     for number in numbers:
         draw = random.Random(f"study-{study.seed}-{number}")
-        low, high = (min(n, len(document)) for n in study.chunk_tokens)
+        low, high = (min(n, len(document), room) for n in study.chunk_tokens)
         length = draw.randint(low, high)
         first = draw.randint(0, len(document) - length)
         chunks.append(list(document[first : first + length]))

@@ -39,6 +39,7 @@ def cartridge(
     from antefix.methods.cartridge import CartridgeConfig
     from antefix.pace import Pace
     from antefix.self_study import Study
+    from antefix.settings import validated
     from antefix.training.cartridge import CartridgeRun, train_cartridge
     from antefix.training.checkpoint import CHECKPOINT_FILE
     from antefix.training.recipe import TrainingRecipe
@@ -46,11 +47,12 @@ def cartridge(
     if output.exists():
         raise TrainingError(f"{output} exists: choose another folder")
     folder = run or Path("runs") / output.name
-    training = TrainingRecipe(epochs=epochs, seed=seed, learning_rate=learning_rate, pairs_per_step=8, evaluations=4)
+    said = {"epochs": epochs, "seed": seed, "learning_rate": learning_rate}
+    training = validated(TrainingRecipe, {**said, "pairs_per_step": 8, "evaluations": 4})
+    config = validated(CartridgeConfig, {"num_virtual_tokens": slots, "document": str(document)})
     settings = CartridgeRun(
-        document=str(document), config=CartridgeConfig(num_virtual_tokens=slots, document=str(document)),
-        conversations=conversations, study=Study(seed=seed), training=training,
-    )  # fmt: skip
+        document=str(document), config=config, conversations=conversations, study=Study(seed=seed), training=training
+    )
     out = console()
     loaded = load_base(base, dtype=cast("Dtype", dtype))
     pace = Pace(conversations)

@@ -16,11 +16,11 @@ from antefix import atomic
 from antefix.base import Base
 from antefix.data.encode import Encoded
 from antefix.data.linearise import TextFormat
-from antefix.errors import TrainingError
+from antefix.errors import PrefixError, TrainingError
 from antefix.methods import method_class
 from antefix.methods.cartridge import CartridgeConfig, read_document
 from antefix.prefix import BaseRecord, Card, Prefix
-from antefix.self_study import Conversation, Study, converse
+from antefix.self_study import Conversation, Study, converse, longest_chunk
 from antefix.training.loop import StepReport, train_loop
 from antefix.training.recipe import TrainingRecipe
 
@@ -53,8 +53,15 @@ def train_cartridge(
     """Study the document, distil it, return the cartridge. `folder` keeps conversations and checkpoint between runs.
 
     studied: told how many conversations there are. Raises TrainingError for a study file of another run, PrefixError
-    for a document that cannot be read or is too short, KeyboardInterrupt where a stop was requested.
+    for a document that cannot be read or is too short and for slots that leave no room, BaseModelError for a base that
+    cannot converse, KeyboardInterrupt where a stop was requested.
     """
+    room = longest_chunk(base, run.study)
+    if run.config.num_virtual_tokens is not None and run.config.num_virtual_tokens > room:
+        raise PrefixError(
+            f"{run.config.num_virtual_tokens} slots stand where {room} tokens of the base's context are left beside a "
+            "conversation: take fewer"
+        )
     module = method_class("cartridge").build(base, run.config)
     conversations = study_file(base, run, folder / STUDY_FILE, studied, stop_requested)
     dev = conversations[::_DEV_PART]
