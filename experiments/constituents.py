@@ -47,6 +47,8 @@ def parsed(sentences: Sequence[str]) -> list[Tree | None]:
     for sentence in plain:
         while said is not None and said != sentence:
             said = next(lines, None)
+        if said is None:
+            raise SystemExit(f"{PARSER} did not repeat '{sentence}': its answers can be told from each other no more")
         said = next(lines, None)
         found.append(tree_of(said) if said is not None and said.startswith("(S") else None)
     return found

@@ -71,7 +71,7 @@ def one(folder: Path, arm: str, rate: float, draw: int, *, is_final: bool) -> di
     training = TrainingRecipe(
         epochs=EPOCHS, learning_rate=rate, seed=draw, evaluations=6, pairs_per_step=16, tokens_per_batch=2048
     )
-    method = "p_tuning_v2" if arm == HEAD_ALONE else arm
+    method = "llama_adapter" if arm == HEAD_ALONE else arm  # with gates at zero it is the base to the bit
     prepared = prepare(
         base, train, dev, method=method, config={"num_virtual_tokens": SLOTS}, text_format=None, decoding=None,
         training=training, task="classification",

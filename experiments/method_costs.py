@@ -64,11 +64,14 @@ class Costed:
 def costs(e2e: Path, configs: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """By name: the rates of all rounds, and how many times prefix-tuning's seconds it takes (median and quartiles)."""
     base = antefix.load_base("smollm2-135m", dtype="float32")
-    prompts = _prompts(base, pairs_of(base, f"{e2e}::devset.csv", 200))
     methods = {}
     for name, (method, config) in configs.items():
         arm = Ours(base, method, **config)
-        data = pairs_of(base, f"{e2e}::trainset.csv", 200, inserted=arm.num_inserted_tokens)
+        data, sources = (
+            pairs_of(base, f"{e2e}::{part}.csv", 200, inserted=arm.num_inserted_tokens)
+            for part in ("trainset", "devset")
+        )
+        prompts = _prompts(base, sources)
         units = next(steps(data, pairs_per_step=PAIRS, targets_per_row=2, seed=0))
         methods[name] = Costed(base, data, units, prompts, arm, _kept(base, method, config))
     for one in methods.values():

@@ -4,7 +4,8 @@
 
 SmolLM2-135M in float32. Every method's size is solved for the budget, what a kept prefix of ten slots holds (115,200
 values): the largest that does not exceed it; where its smallest is larger, that is said and taken. Three methods are
-run at their paper's own size too. Units, in this order:
+run at their paper's own size too. A cartridge is left out: it is prefix-tuning that starts from a document. Rates are
+chosen on the dev set whose loss is reported. Units, in this order:
 
 - search: three learning rates a method, a third, once and three times its default, 200 pairs each.
 - final: 1,000 pairs (the same in every step of every method) at the best rate; dev loss on the way, BLEU of greedy
@@ -116,13 +117,14 @@ def key(name: str) -> str:
 def best_rate(found: dict[str, dict[str, Any]], name: str) -> float:
     """By the dev loss at the end of a search."""
     units = [u for unit_name, u in found.items() if unit_name.rpartition("_")[0] == f"search_{key(name)}"]
-    return float(min(units, key=lambda u: u["pairs_seen_and_dev_loss"][-1][1])["learning_rate"])
+    sound = [u for u in units if u["pairs_seen_and_dev_loss"][-1][1] is not None]
+    return float(min(sound, key=lambda u: u["pairs_seen_and_dev_loss"][-1][1])["learning_rate"])
 
 
 def run(
     e2e: Path, method: str, config: dict[str, Any], rate: float, pairs: int, seed: int, *, final: bool = False
 ) -> dict[str, Any]:
-    """Train on the first `pairs` of the same 1,000. final: also write texts, and take time and memory."""
+    """Train on the first `pairs` of the same 1,000. final: also write texts for test inputs."""
     base = smollm()
     arm = Ours(base, method, **config)
     train, dev = (
@@ -130,7 +132,7 @@ def run(
         for name, n in (("trainset", 1000), ("devset", 200))
     )
     schedule = Schedule(learning_rate=rate, pairs_seen=pairs, seed=seed, evaluate_every=250 if final else None)
-    curve = [(seen, loss if math.isfinite(loss) else 99.0) for seen, loss in trained(arm, train, dev, schedule)]
+    curve = [(seen, loss if math.isfinite(loss) else None) for seen, loss in trained(arm, train, dev, schedule)]
     made = {"method": method, "config": config, "learning_rate": rate, "seed": seed, "precision": base.precision}
     found: dict[str, Any] = {**made, "stored_values": arm.stored_values, "pairs_seen_and_dev_loss": curve}
     found["trained_values"] = sum(p.numel() for p in arm.parameters)
