@@ -6,8 +6,8 @@ h get P_l added, then make queries, keys and values like tokens and flow on:
     h[:P] <- h[:P] + P_l
 
 layers * P * C parameters: half of prefix-tuning's where all heads have keys of their own. In a causal base the rows
-see nothing of the text: their keys and values are computed once a step and are what is kept. In an encoder they are rows of the batch. P_l of zero leaves P
-more positions that are real: it is not the bare base.
+see nothing of the text: their keys and values are computed once a step and are what is kept. In an encoder they are
+rows of the batch. P_l of zero leaves P more positions that are real: it is not the bare base.
 
 Not built: the released options to multiply by a learned row first, and to be half prefix-tuning.
 """
