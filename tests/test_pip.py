@@ -15,6 +15,7 @@ from antefix.attach import attached
 from antefix.attention.branch import Condition
 from antefix.base import Base
 from antefix.condition import read_condition
+from antefix.data.linearise import TextFormat
 from antefix.errors import DataError, GenerationError, PrefixError
 from antefix.methods import method_class
 from antefix.prefix import Prefix
@@ -132,6 +133,24 @@ def test_direct_is_trained_and_writes_with_second_texts(bart: Base, beams: int) 
         assert together == alone
         with pytest.raises(GenerationError, match="reads a second text for every source"):
             antefix.generate(bart, ["a b1"], decoding=decoding)
+
+
+def test_rows_of_other_prefixes_need_no_second_text(bart: Base) -> None:
+    """Longest sources go first, so that the second batch is one of rows that read none."""
+    prefix, plain = trained(bart, "pip_direct"), tiny_method(bart, "prefix_tuning").requires_grad_(False)
+    decoding = antefix.Decoding(max_new_tokens=4)
+    sources = [examples(1)[0], "a b1 a b1 a b1", "a b1", "b1"]
+    with attached(bart.model, prefix, plain, rows=[0, 1, -1, 1]):
+        mixed = antefix.generate(bart, sources, decoding=decoding, batch_size=2, text_format=prefix_format(prefix))
+    with attached(bart.model, prefix):
+        assert mixed[0] == antefix.generate(bart, sources[:1], decoding=decoding)[0]
+    with attached(bart.model, plain):
+        alone = antefix.generate(bart, [sources[1], sources[3]], decoding=decoding, text_format=prefix_format(prefix))
+    assert [mixed[1], mixed[3]] == alone
+
+
+def prefix_format(prefix: antefix.Prefix) -> TextFormat:
+    return TextFormat.from_dict(prefix.card.text_format)
 
 
 def test_a_column_holds_second_texts(tmp_path: Path) -> None:

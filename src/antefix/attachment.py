@@ -287,6 +287,10 @@ class Attachment:
         """How many tokens a row with this prefix has between its source and its target."""
         return 0 if index == BARE else self._modules[index].num_inserted_tokens
 
+    def reads_condition(self, index: int) -> bool:
+        """Whether a row with this prefix has a second text."""
+        return index != BARE and self._modules[index].condition_length is not None
+
     @property
     def condition_length(self) -> int | None:
         """How many tokens a second text has at most; None: none is needed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -19,9 +20,13 @@ from antefix.attention.hook import bare
 def read_condition(model: PreTrainedModel, texts: Sequence[Sequence[int]], length: int) -> Condition:
     """What the bare encoder of an encoder-decoder makes of these token ids, (B, length, C); zeros behind a text's end.
 
-    No text is longer than `length`.
+    No text is longer than `length`; a row without one has zeros.
     """
-    rows = [torch.tensor(ids) for ids in texts]
+    if not any(texts):
+        embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        nothing = embeddings.new_zeros(len(texts), length, embeddings.shape[1])
+        return Condition(nothing, nothing[..., 0].bool())
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in texts]
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(model.device)
     with bare():
         states = model.get_encoder()(

@@ -105,7 +105,7 @@ def generate_each(
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         with rows_of_batch(base.model, rows, batch):
-            condition = _condition(base, [sources[i] for i in batch])
+            condition = _condition(base, [sources[i] for i in batch], None if rows is None else rows[batch])
             only = _only_frames(base, [ids[i] for i in batch], [tokenizers[i] for i in batch], decoding, stop)
             new_ids = _generate_batch(base, [ids[i] for i in batch], condition, arguments | only)
         for index, row in zip(batch, new_ids, strict=True):
@@ -214,15 +214,23 @@ def _with_inserted(base: Base, ids: list[list[int]], rows: torch.Tensor | None) 
     return [source + [pad] * attachment.num_inserted(n) for source, n in zip(ids, indices, strict=True)]
 
 
-def _condition(base: Base, sources: Sequence[Example | Source]) -> Condition | None:
-    """The second texts of these sources, where what is attached needs them. Raises GenerationError without them."""
+def _condition(base: Base, sources: Sequence[Example | Source], rows: torch.Tensor | None) -> Condition | None:
+    """The second texts of these sources, empty for those whose prefix reads none; None where nothing attached does.
+
+    Raises GenerationError for a source that needs one and cannot have it.
+    """
     attachment = current_attachment(base.model)
     length = None if attachment is None else attachment.condition_length
-    if length is None:
+    if attachment is None or length is None:
         return None
-    if not all(isinstance(source, Example) for source in sources):
-        raise GenerationError("what is attached reads a second text for every source: give examples with a condition")
-    texts = [encode_condition(source, base.tokenizer, length) for source in sources if isinstance(source, Example)]
+    texts: list[tuple[int, ...]] = []
+    for source, index in zip(sources, _indices(base, len(sources), rows), strict=True):
+        if not attachment.reads_condition(index):
+            texts.append(())
+        elif isinstance(source, Example):
+            texts.append(encode_condition(source, base.tokenizer, length))
+        else:
+            raise GenerationError("its prefix reads a second text for every source: give examples with a condition")
     return read_condition(base.model, texts, length)
 
 
