@@ -153,10 +153,8 @@ def check_relatives(parents: Kept) -> None:
     for name, other in others:
         shapes, wanted = ({n: tuple(t.shape) for n, t in p.tensors.items()} for p in (other, one))
         if differing := sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n)):
-            raise PrefixError(
-                f"'{name}' and '{first}' are no relatives: tensor '{differing[0]}' is {shapes.get(differing[0])} in one "
-                f"and {wanted.get(differing[0])} in the other"
-            )
+            found = f"{shapes.get(differing[0])} in one and {wanted.get(differing[0])} in the other"
+            raise PrefixError(f"'{name}' and '{first}' are no relatives: tensor '{differing[0]}' is {found}")
         if not (_share_a_parent(first, one, name, other) or _start_alike(one, other)):
             raise PrefixError(
                 f"'{name}' and '{first}' are no relatives: neither do they have a parent in common, nor did they start "

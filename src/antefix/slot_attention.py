@@ -14,7 +14,7 @@ from antefix.attach import attached
 from antefix.attention.branch import Branch, Call
 from antefix.attention.slot_share import SlotBranch
 from antefix.base import Base
-from antefix.batches.form import batch_of
+from antefix.batches.form import BatchForm, batch_of
 from antefix.batches.head import pair_losses
 from antefix.data.encode import Limits, encode
 from antefix.data.example import Example
@@ -49,11 +49,11 @@ def slot_attention(
     units = [Unit(n, (t,)) for n, example in enumerate(data.examples) for t in range(len(example.targets))]
     if not units:
         raise DataError("no example has a target: attention is measured while targets are read")
+    form: BatchForm = "encoder_decoder" if base.model.config.is_encoder_decoder else "padded"
     with attached(base.model, watched):
         for done, unit in enumerate(units):  # one at a time: no query is padding
             if watch is not None:
                 watch(done, len(units))
-            form = "encoder_decoder" if base.model.config.is_encoder_decoder else "padded"
             pair_losses(base.model, batch_of(form, data, [unit], base.model))
     return {name: (branch.sum_P / branch.num_queries).float().cpu() for name, branch in watched.at.items()}
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from antefix.cli.output import Json, console, print_json
+from antefix.cli.output import Json, print_json
 from antefix.errors import PrefixError, one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from antefix.bank import Bank
@@ -156,15 +157,13 @@ def _base(parents: dict[str, Prefix], name: str | None) -> Base:
     return load_base(name or next(iter(parents.values())).card.base.name)
 
 
-def _measured(base: Base, prefix: Prefix, data: Path) -> dict[str, object]:
-    from antefix.cli.progress import LiveLine
+def _measured(base: Base, prefix: Prefix, data: Path) -> dict[str, Tensor]:
+    from antefix.cli.progress import Reading
     from antefix.data import read
     from antefix.slot_attention import slot_attention
 
-    with LiveLine(console(), 1, "pair") as line:
-        return dict(
-            slot_attention(base, prefix, read(data), lambda done, total: line.show(done, "attention", total=total))
-        )
+    with Reading("pairs read") as reading:
+        return slot_attention(base, prefix, read(data), reading)
 
 
 def _keep(bank: Bank, name: str, prefix: Prefix, as_json: bool) -> None:
