@@ -133,7 +133,9 @@ class Bank:
         """
         for name in list(self) if names is None else names:
             path = self.folder / name if names is None else self._existing(name)
-            yield name, _problem(name, path, base)
+            problem = _problem(name, path, base)
+            if problem is None or names is not None or _is_prefix(path):  # else it was removed meanwhile
+                yield name, problem
 
     def _existing(self, name: str) -> Path:
         path = self.path(name)
