@@ -28,7 +28,7 @@ CARDS: dict[str, dict[str, Any]] = {
     "ledbury.v2": {"tags": ("inn",), "parents": ("everyone", "ledbury")},
     "ledbury.v10": {"tags": ("inn",), "parents": ("ledbury.v2",), "licence": "MIT"},
     "ludlow": {"tags": ("pub", "North"), "notes": "Menus of the Crown; NIGHT run", "parents": ("everyone",)},
-    "soup.v0": {"tags": ("inn", "pub")},
+    "soup.v0": {"tags": ("inn", "pub"), "notes": "All [*?]"},
 }
 
 
@@ -71,6 +71,9 @@ def edit_card(bank: Bank, name: str, **changes: Any) -> None:
         ({"text": "night MENUS"}, ["ludlow"]),
         ({"text": "edbur"}, ["ledbury", "ledbury.v10", "ledbury.v2"]),
         ({"text": "100%_"}, []),
+        ({"text": "l*w"}, []),
+        ({"text": "[l]udlow"}, []),
+        ({"text": "[*?] all"}, ["soup.v0"]),
         ({"tags": ("inn",)}, ["ledbury", "ledbury.v10", "ledbury.v2", "soup.v0"]),
         ({"tags": ("inn", "pub")}, ["soup.v0"]),
         ({"tags": ("in",)}, []),

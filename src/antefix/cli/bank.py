@@ -45,10 +45,12 @@ def list_(
 
     Example: `antefix bank list --tag food --text "short menus" --sort changed --descending --limit 20`
     """
-    from antefix.bank import SORTS, Bank, Query
+    from antefix.bank import MOST_TEXT, SORTS, Bank, Query
 
     if sort not in SORTS:
         raise BankError(f"--sort '{one_line(sort, 60)}': give {', '.join(SORTS)}")
+    if len(text) > MOST_TEXT:
+        raise BankError(f"--text has {len(text):,} characters, allowed are {MOST_TEXT:,}")
     query = Query(
         text=text, tags=tuple(tag or ()), method=method, base=base, parent=parent, latest=latest,
         sort=sort, descending=descending, offset=offset, limit=limit,
