@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from typer.testing import CliRunner
 
 import antefix
 from antefix import prefix as prefix_module
-from antefix.bank import INDEX_FILE, Bank
+from antefix.bank import Bank
+from antefix.bank.index import INDEX_FILE, INDEX_FOLDER
 from antefix.cli import app
 from antefix.errors import AntefixError, BankError, PrefixFileError
 from antefix.prefix import Prefix
@@ -148,7 +151,7 @@ def test_an_entry_says_what_the_card_says(bank: Bank) -> None:
         "name": "menus", "problem": None, "method": "prefix_tuning", "positions": "in_place", "num_virtual_tokens": 4,
         "base": "tiny", "fingerprint": bank.card("menus").base.fingerprint,
         "num_bytes": (bank.folder / "menus" / "prefix.safetensors").stat().st_size,
-        "tags": ("test", "menus"), "licence": None, "scores": {"dev": {"bleu": 2.5}},
+        "tags": ("test", "menus"), "parents": (), "licence": None, "scores": {"dev": {"bleu": 2.5}},
     }  # fmt: skip
 
 
@@ -171,7 +174,7 @@ def test_the_list_follows_the_files(bank: Bank) -> None:
 def test_only_changed_cards_are_read_again_and_never_a_tensor(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr(
-        "antefix.bank.read_card", lambda path: opened.append(path.name) or prefix_module.read_card(path)
+        "antefix.bank.entry.read_card", lambda path: opened.append(path.name) or prefix_module.read_card(path)
     )
     for name in bank:
         os.truncate(bank.folder / name / "prefix.safetensors", 1)  # whoever read it would complain
@@ -184,12 +187,24 @@ def test_only_changed_cards_are_read_again_and_never_a_tensor(bank: Bank, monkey
     assert opened == ["menus", "news", "sport", "news"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 2, "prefixes": {}}', b"[" * 99_999, b"\xff\x00"])
+@pytest.mark.parametrize("content", [b"", b"{", b"SQLite format 3\x00" + bytes(4080), b"\xff\x00" * 5000])
 def test_a_foreign_index_is_made_anew(bank: Bank, content: bytes) -> None:
     wanted = bank.entries()
-    (bank.folder / INDEX_FILE).write_bytes(content)
+    path = bank.folder / INDEX_FOLDER / INDEX_FILE
+    path.write_bytes(content)
+    assert bank.entries() == bank.page().entries == wanted
+    assert path.stat().st_size > len(content)
+    path.unlink()
+    assert bank.page().entries == wanted
+
+
+def test_an_index_of_another_version_is_made_anew(bank: Bank) -> None:
+    wanted = bank.entries()
+    path = bank.folder / INDEX_FOLDER / INDEX_FILE
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+        db.execute("DROP TABLE prefix")
     assert bank.entries() == wanted
-    assert json.loads((bank.folder / INDEX_FILE).read_text())["version"] == 1
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
@@ -199,9 +214,10 @@ def test_a_bank_that_may_not_be_written_is_listed(bank: Bank) -> None:
 
 
 def test_a_bank_whose_index_cannot_be_written_is_listed(bank: Bank) -> None:
-    (bank.folder / INDEX_FILE).mkdir()
-    assert len(bank.entries()) == 3
-    assert [p for p in bank.folder.iterdir() if p.name.startswith(".") and p.name != INDEX_FILE] == []
+    (bank.folder / INDEX_FOLDER).write_text("mine")
+    assert len(bank.entries()) == len(bank.page().entries) == 3
+    assert (bank.folder / INDEX_FOLDER).read_text() == "mine"
+    assert [p for p in bank.folder.iterdir() if p.name.startswith(".") and p.name != INDEX_FOLDER] == []
 
 
 def test_a_broken_prefix_leaves_the_others_alone(bank: Bank) -> None:
@@ -243,7 +259,7 @@ def test_two_thousand_prefixes(made: Path, tmp_path: Path) -> None:
     assert len(bank) == len(bank.entries()) == 2000
     one = Bank(made)
     assert at_best(lambda: bank["customer-1234"]) < 5 * at_best(lambda: one["menus"]), "one is had without the others"
-    with pytest.raises(BankError, match=r"no prefix 'customer-9999' in the bank '.*': it has 2,000 others"):
+    with pytest.raises(BankError, match=r"'customer-9999' in the bank '.*': `antefix bank list --text customer-9999`"):
         bank["customer-9999"]
 
 

@@ -8,23 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+_SCRATCH = re.compile(r"\..+-[0-9a-f]{8}", re.DOTALL)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: <fcntl.h>, <linux/fs.h>
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically. Raises OSError (disk full, no permission) and leaves what was there."""
+    with new_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A scratch file that becomes `path` when the block ends well, and vanishes when it does not. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch_beside(path)
     try:
         # Made by `open`, not by `tempfile`: a kept file gets the permissions that any other file would get.
         with scratch.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
@@ -39,10 +50,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises FileExistsError if `path` exists by then, unless `replace` is given.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _scratch_beside(path)
-    scratch.mkdir()
-    try:
+    with scratch_folder(path) as scratch:
         yield scratch
         for file in scratch.iterdir():
             _sync(file)
@@ -53,6 +61,16 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         else:
             raise FileExistsError(f"{path} exists")
         _sync(path.parent)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, for the length of a block. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch_beside(path)
+    scratch.mkdir()
+    try:
+        yield scratch
     finally:
         _delete(scratch)
 
@@ -66,6 +84,31 @@ def remove_folder(path: Path) -> None:
     os.rename(path, scratch)
     _sync(path.parent)
     _delete(scratch)
+
+
+def leftovers(folder: Path, before: float) -> list[Path]:
+    """What killed processes left behind here, if nothing in it changed since `before` (seconds, as `time.time`).
+
+    Raises OSError.
+    """
+    return sorted(p for p in folder.iterdir() if _SCRATCH.fullmatch(p.name) and _last_change(p) < before)
+
+
+def delete(path: Path) -> bool:
+    """Delete a file or a folder with what is in it; of a link, the link. Whether it is gone."""
+    with contextlib.suppress(OSError):
+        _delete(path)
+    return not os.path.lexists(path)
+
+
+def _last_change(path: Path) -> float:
+    every = [path, *(Path(root) / name for root, folders, files in os.walk(path) for name in (*folders, *files))]
+    times = []
+    for one in every:
+        with contextlib.suppress(FileNotFoundError):  # whoever made it is at work
+            status = one.lstat()
+            times.append(max(status.st_mtime, status.st_ctime))
+    return max(times, default=math.inf)
 
 
 def _scratch_beside(path: Path) -> Path:

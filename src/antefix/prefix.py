@@ -151,7 +151,7 @@ class Prefix:
         Raises PrefixFileError, naming file and tensor or key.
         """
         path = Path(folder)
-        card, sha256 = _read_card_file(path)
+        card, sha256 = read_card_file(path)
         tensors = read_tensors(path / TENSORS_FILE)
         if sha256_of(path / TENSORS_FILE) != sha256:
             raise PrefixFileError(
@@ -162,7 +162,7 @@ class Prefix:
 
 def read_card(folder: Path) -> Card:
     """The card of a kept prefix, without its tensors. Raises PrefixFileError."""
-    return _read_card_file(folder)[0]
+    return read_card_file(folder)[0]
 
 
 def _card_bytes(card: Card, sha256: str) -> bytes:
@@ -171,7 +171,7 @@ def _card_bytes(card: Card, sha256: str) -> bytes:
     return (json.dumps(ordered, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _read_card_file(folder: Path) -> tuple[Card, str]:
+def read_card_file(folder: Path) -> tuple[Card, str]:
     """The card, and the SHA-256 that its tensor file must have."""
     path = folder / CARD_FILE
     if not path.is_file():

@@ -7,33 +7,155 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from antefix.cli.compose import average, concatenate, interpolate, subtract, truncate
 from antefix.cli.output import Json, console, print_json
+from antefix.cli.progress import Reading
 from antefix.errors import BankError, one_line
 
 if TYPE_CHECKING:
     from antefix.bank import Entry
 
-bank_app = typer.Typer(help="Kept prefixes: list, show, rename, remove, verify, import.", no_args_is_help=True)
+bank_app = typer.Typer(
+    help="Kept prefixes: list and search, show, rename, remove, verify, pack and unpack, combine, import.",
+    no_args_is_help=True,
+)
 
 BankFolder = Annotated[Path, typer.Option("--bank", help="The bank's folder.")]
 Name = Annotated[str, typer.Argument(help="The prefix's name in the bank.")]
 
 
 @bank_app.command("list")
-def list_(bank: BankFolder = Path("bank"), as_json: Json = False) -> None:
-    """Every prefix of the bank, one a line; a broken one with its reason.
+def list_(
+    text: Annotated[str, typer.Option(help="Words that name, tags or notes hold, all of them.")] = "",
+    tag: Annotated[list[str] | None, typer.Option(help="A tag; several times: all of them.")] = None,
+    method: Annotated[str | None, typer.Option(help="The method's name.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base's name, or its fingerprint.")] = None,
+    parent: Annotated[str | None, typer.Option(help="A prefix that they were made from.")] = None,
+    latest: Annotated[
+        bool, typer.Option("--latest", help="Of `menus`, `menus.v1`, `menus.v2` the last alone.")
+    ] = False,
+    sort: Annotated[str, typer.Option(help="name, changed, size, slots or method.")] = "name",
+    descending: Annotated[bool, typer.Option("--descending", help="The largest, or the newest, first.")] = False,
+    offset: Annotated[int, typer.Option(min=0, help="How many to pass over.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=0, help="How many at most; none: all.")] = None,
+    bank: BankFolder = Path("bank"),
+    as_json: Json = False,
+) -> None:
+    """The prefixes of the bank, one a line; a broken one with its reason.
 
-    Example: `antefix bank list`
+    Example: `antefix bank list --tag food --text "short menus" --sort changed --descending --limit 20`
+    """
+    from antefix.bank import MOST_TEXT, SORTS, Bank, Query
+
+    if sort not in SORTS:
+        raise BankError(f"--sort '{one_line(sort, 60)}': give {', '.join(SORTS)}")
+    if len(text) > MOST_TEXT:
+        raise BankError(f"--text has {len(text):,} characters, allowed are {MOST_TEXT:,}")
+    query = Query(
+        text=text, tags=tuple(tag or ()), method=method, base=base, parent=parent, latest=latest,
+        sort=sort, descending=descending, offset=offset, limit=limit,
+    )  # fmt: skip
+    found = Bank(bank)
+    with Reading("cards read") as reading:
+        found.refresh(reading)
+    page = found.page(query)
+    if as_json:
+        print_json([entry.model_dump(mode="json") for entry in page.entries])
+        return
+    _print_table(
+        ["name", "method", "slots", "positions", "base", "scores", "size", "tags"],
+        [_row(entry) for entry in page.entries],
+    )
+    if len(page.entries) < page.total:
+        console().print(f"{len(page.entries):,} of {page.total:,} prefixes", highlight=False)
+
+
+@bank_app.command("latest")
+def latest(name: Name, bank: BankFolder = Path("bank"), as_json: Json = False) -> None:
+    """The latest version of a name: of `menus`, `menus.v3` and `menus.v12` the last.
+
+    Example: `antefix generate --prefix bank/$(antefix bank latest menus) "dish: Plum tart"`
     """
     from antefix.bank import Bank
 
-    entries = Bank(bank).entries()
+    found = Bank(bank).latest(name)
+    _say({"name": name, "latest": found}, found, as_json)
+
+
+@bank_app.command("lineage")
+def lineage(name: Name, bank: BankFolder = Path("bank"), as_json: Json = False) -> None:
+    """Which prefixes it was made from, and which were made from it, as two trees.
+
+    Example: `antefix bank lineage menus`
+    """
+    from antefix.bank import Bank
+    from antefix.bank.lineage import lineage as lineage_of
+
+    found = lineage_of(Bank(bank), name)
     if as_json:
-        print_json([entry.model_dump(mode="json") for entry in entries])
+        print_json({"name": name, **{way: [r._asdict() for r in tree] for way, tree in found._asdict().items()}})
         return
-    _print_table(
-        ["name", "method", "slots", "positions", "base", "scores", "size", "tags"], [_row(entry) for entry in entries]
-    )
+    for title, tree in (("made from", found.parents), ("made from it", found.children)):
+        typer.echo(f"{title}:" if tree else f"{title}: none")
+        for relative in tree:
+            note = "" if relative.is_there else "  (not in the bank)"
+            note += "  (see above)" if relative.is_repeated else ""
+            typer.echo(f"{'  ' * relative.depth}{one_line(relative.name, 100)}{note}")
+
+
+@bank_app.command("clean")
+def clean(
+    minutes: Annotated[float, typer.Option(min=0, help="Only what nobody changed for so long.")] = 60.0,
+    bank: BankFolder = Path("bank"),
+    as_json: Json = False,
+) -> None:
+    """Delete what interrupted writes left behind. Prefixes are never touched.
+
+    Example: `antefix bank clean`
+    """
+    from antefix.bank import Bank
+
+    gone = Bank(bank).clean(60.0 * minutes)
+    _say({"deleted": gone}, f"{len(gone)} left-over files and folders are deleted", as_json)
+
+
+@bank_app.command("pack")
+def pack(
+    archive: Annotated[Path, typer.Argument(help="The file to write (.tar).")],
+    names: Annotated[list[str] | None, typer.Argument(help="Which prefixes; none: all.")] = None,
+    bank: BankFolder = Path("bank"),
+    as_json: Json = False,
+) -> None:
+    """Export prefixes into one file, checked.
+
+    Example: `antefix bank pack menus.tar menus menus.v2`
+    """
+    from antefix.bank import Bank
+    from antefix.bank.archive import pack as packed
+
+    with Reading("prefixes packed") as reading:
+        done = packed(Bank(bank), archive, names or None, reading)
+    _say({"archive": str(archive), "packed": done}, f"{len(done):,} prefixes are in {archive}", as_json)
+
+
+@bank_app.command("unpack")
+def unpack(
+    archive: Annotated[Path, typer.Argument(help="A file that `antefix bank pack` wrote.")],
+    skip_taken: Annotated[bool, typer.Option("--skip-taken", help="Leave out names that are taken.")] = False,
+    bank: BankFolder = Path("bank"),
+    as_json: Json = False,
+) -> None:
+    """Import the prefixes of an archive into the bank: all of them, checked, or none.
+
+    Example: `antefix bank unpack menus.tar --bank other-bank`
+    """
+    from antefix.bank import Bank
+    from antefix.bank.archive import unpack as unpacked
+
+    with Reading("prefixes checked") as reading:
+        came, taken = unpacked(archive, Bank(bank), skip_taken=skip_taken, watch=reading)
+    skipped = f", {len(taken):,} names were taken" if taken else ""
+    _say({"unpacked": came, "taken": taken}, f"{len(came):,} prefixes are in {bank}{skipped}", as_json)
 
 
 @bank_app.command("show")
@@ -107,7 +229,13 @@ def verify(
     from antefix.bank import Bank
     from antefix.base import load_base
 
-    checked = list(Bank(bank).verify(names or None, load_base(base) if base else None))
+    found = Bank(bank)
+    chosen = names or list(found)
+    checked: list[tuple[str, str | None]] = []
+    with Reading("prefixes verified") as reading:
+        for checking in found.verify(names or None, load_base(base) if base else None):
+            reading(len(checked), len(chosen))
+            checked.append(checking)
     broken = [(name, problem) for name, problem in checked if problem]
     if as_json:
         print_json([{"name": name, "problem": problem} for name, problem in checked])
@@ -148,6 +276,13 @@ def import_(
         {"imported": name, "folder": str(path), "positions": prefix.card.positions},
         f"{name} is in {path}, positions {prefix.card.positions}", as_json,
     )  # fmt: skip
+
+
+bank_app.command("concatenate")(concatenate)
+bank_app.command("truncate")(truncate)
+bank_app.command("average")(average)
+bank_app.command("interpolate")(interpolate)
+bank_app.command("subtract")(subtract)
 
 
 def _agreed(question: str) -> bool:

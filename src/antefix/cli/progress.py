@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from antefix.training.loop import StepReport
 
 _PLAIN_LINE_SECONDS = 30.0
+_SILENT_SECONDS = 2.0
 
 
 class LiveLine:
@@ -52,6 +53,33 @@ class LiveLine:
         if always or (self._bar is None and (now - self._last >= _PLAIN_LINE_SECONDS or done == self._total)):
             self._out.print(f"{self._unit} {done}/{self._total}  {message}", highlight=False, soft_wrap=True)
             self._last = now
+
+
+class Reading:
+    """Watches something that takes a while only where there is much of it: shown from the third second on."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit, self._began = unit, time.monotonic()
+        self._line: LiveLine | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._line is not None:
+            self._line.__exit__(kind, error, trace)
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many of so many are done."""
+        seconds = time.monotonic() - self._began
+        if seconds < _SILENT_SECONDS or not done:
+            return
+        if self._line is None:
+            self._line = LiveLine(Console(stderr=True), total, self._unit)
+            self._line.__enter__()
+        self._line.show(done, f"{clock(seconds / done * (total - done))} left", total=total)
 
 
 class TrainingProgress(LiveLine):

@@ -35,6 +35,11 @@ class MethodConfig(BaseModel):
         """The folder of the kept prefix that training starts from; None: it starts from no other."""
         return None
 
+    @property
+    def start_is_drawn(self) -> bool:
+        """Whether first values depend on the seed, not on these choices and the base alone."""
+        return True
+
 
 class MethodModule(nn.Module):
     """One prefix under a method: a torch module whose parameters are what is trained.

@@ -66,6 +66,10 @@ class PrefixTuningConfig(MethodConfig):
     def parent(self) -> str | None:
         return self.initial_prefix if self.initial == "prefix" else None
 
+    @property
+    def start_is_drawn(self) -> bool:
+        return self.parametrisation != "direct" or self.initial not in ("text", "prefix")
+
 
 class PrefixTuning(MethodModule):
     """One prefix. Parameters: the slots, or the embeddings and networks that make them."""
