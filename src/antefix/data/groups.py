@@ -1,0 +1,71 @@
+"""Examples in groups that share no row: those of every customer, domain or style.
+
+A group is told by columns of the rows, or by attributes of their tables. Rows are put into groups before rows with
+equal sources are joined, so that no group learns what another one wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from antefix.data.example import Example, Table
+from antefix.data.readers import joined, read_rows
+from antefix.errors import DataError, nearest
+
+Values = tuple[str, ...]
+"""What tells a group: a value of every column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The groups of a data set, in the order of first appearance."""
+
+    by: tuple[str, ...]
+    examples: dict[Values, list[Example]]
+    without_value: dict[str, int]
+    """Rows that are in no group, by the first column in which they have nothing."""
+
+
+def read_groups(source: str, by: Sequence[str], *, format: str | None = None, **options: Any) -> Groups:
+    """Read a data set in groups; see `antefix.data.read` for the arguments.
+
+    by: columns that are neither source nor target, or attributes of the tables. Raises DataError for a name that no row
+    has, and for one in which all rows are empty.
+    """
+    rows = read_rows(source, format=format, **options)
+    _check_columns(source, rows, by)
+    groups: dict[Values, list[Example]] = {}
+    without: dict[str, int] = {}
+    for row in rows:
+        values = [value_of(row, column) for column in by]
+        if None in values:
+            column = by[values.index(None)]
+            without[column] = without.get(column, 0) + 1
+        else:
+            groups.setdefault(tuple(v for v in values if v is not None), []).append(row)
+    if not groups:
+        raise DataError(f"{source}: no row has a value in each of {', '.join(by)}")
+    return Groups(tuple(by), {values: joined(some) for values, some in groups.items()}, without)
+
+
+def value_of(example: Example, column: str) -> str | None:
+    """What an example says under this name; None: nothing, or white space."""
+    return (_said(example).get(column) or "").strip() or None
+
+
+def _said(example: Example) -> dict[str, str]:
+    """Columns and attributes; of an attribute that comes several times, the first."""
+    fields = example.source.fields if isinstance(example.source, Table) else ()
+    return {**dict(reversed(fields)), **example.labels}
+
+
+def _check_columns(source: str, rows: Sequence[Example], by: Sequence[str]) -> None:
+    known = {name for row in rows for name in _said(row)}
+    for column in by:
+        if column not in known:
+            there = nearest(column, known) if known else "its rows have only a source and a target"
+            raise DataError(f"{source}: no row has a column or attribute '{column}' beside its text: {there}")
+        if all(value_of(row, column) is None for row in rows):
+            raise DataError(f"{source}: '{column}' is empty in every row")
