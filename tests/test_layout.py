@@ -16,6 +16,7 @@ LAYERS = [
     {"cli"},
     {"benchmarks", "demo"},
     {"doctor", "interop", "training", "bank", "merge", "link_prediction"},
+    {"bulk"},
     {"generation", "labels", "self_study"},
     {"choices", "frame_decoding"},
     {"batches"},

@@ -7,7 +7,7 @@ equal sources are joined, so that no group learns what another one wrote.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from antefix.data.example import Example, Table
@@ -48,6 +48,32 @@ def read_groups(source: str, by: Sequence[str], *, format: str | None = None, **
     if not groups:
         raise DataError(f"{source}: no row has a value in each of {', '.join(by)}")
     return Groups(tuple(by), {values: joined(some) for values, some in groups.items()}, without)
+
+
+def read_named(source: str, column: str, **options: Any) -> tuple[list[Example], list[str | None]]:
+    """Examples, and what a column says of each; None: nothing. The column is no part of a source.
+
+    Rows with equal sources are joined where the column says the same. Raises DataError for a column that no row has.
+    """
+    rows = read_rows(source, **options)
+    known = {name for row in rows for name in _said(row)}
+    if column not in known:
+        raise DataError(
+            f"{source}: no row has a column '{column}': {nearest(column, known) if known else 'it has none'}"
+        )
+    named = [_without(row, column) for row in rows]
+    examples = joined(named, lambda row: value_of(row, column))
+    return examples, [value_of(example, column) for example in examples]
+
+
+def _without(row: Example, column: str) -> Example:
+    """The column among the labels, and not in the table."""
+    if not isinstance(row.source, Table) or all(field != column for field, _ in row.source.fields):
+        return row
+    rest = Table(tuple(pair for pair in row.source.fields if pair[0] != column))
+    if not rest.fields:
+        raise DataError(f"{row.where}: the row has nothing beside its '{column}'")
+    return replace(row, source=rest, labels={**row.labels, column: _said(row)[column]})
 
 
 def value_of(example: Example, column: str) -> str | None:
