@@ -203,15 +203,15 @@ def test_groups_are_even_and_hold_everybody() -> None:
 @pytest.mark.slow
 def test_two_ray_workers_one_of_them_killed() -> None:
     pytest.importorskip("ray")
-    write_orders(MANY)
-    process = command("--min-pairs", "3", "--workers", "2", "--json", "training.max_steps=30")
+    write_orders({f"C{n}": 4 for n in range(10)})
+    process = command("--min-pairs", "3", "--workers", "2", "--json", "training.max_steps=10")
     until_kept(2, process, 300)
     os.kill(_workers(process.pid)[0], signal.SIGKILL)
     printed, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     report = json.loads(printed)
-    assert (report["trained"], report["failed"]) == (30, 0)
-    assert len(Bank("bank")) == 30
+    assert (report["trained"], report["failed"]) == (10, 0)
+    assert len(Bank("bank")) == 10
 
 
 def _workers(pid: int) -> list[int]:

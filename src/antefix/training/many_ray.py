@@ -8,9 +8,11 @@ and is not done again. Whose group is lost twice has failed.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 from antefix.bank import Bank
 from antefix.base import Base
-from antefix.errors import AntefixError, TrainingError
+from antefix.errors import AntefixError, TrainingError, one_line
 from antefix.training.identity import is_done
 from antefix.training.many import ManyReport, train_many
 from antefix.training.many_run import ManyPlan, work_of
@@ -84,10 +86,6 @@ class Worker:
         """Save checkpoints behind the turn, and end."""
         self._stop.set()
 
-    def process_id(self) -> int:
-        """Of this worker on its machine."""
-        return os.getpid()
-
     def _watch(self, report: ManyReport) -> None:
         self._report = report
 
@@ -112,14 +110,16 @@ def train_over_ray(
     """
     ray = _ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a run is sent to anybody unasked
-    try:
-        ray.init(address=cluster.address, log_to_driver=False, include_dashboard=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise TrainingError(f"Ray at {cluster.address or 'this machine'} is not reached: {error}") from error
-    try:
-        _Crew(ray, plan, cluster, fail, overwrite).work(watch, stop_requested)
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # Ray prints of lost workers, and results alone belong on stdout
+        try:
+            ray.init(address=cluster.address, log_to_driver=False, include_dashboard=False, logging_level="error")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = cluster.address or "this machine"
+            raise TrainingError(f"Ray at {where} is not reached: {one_line(error)}") from error
+        try:
+            _Crew(ray, plan, cluster, fail, overwrite).work(watch, stop_requested)
+        finally:
+            ray.shutdown()
 
 
 def _ray() -> Any:
