@@ -72,7 +72,7 @@ def test_every_row_gets_what_its_prefix_alone_writes(base: Base) -> None:
         of_prefix = [n for n, (prefix, _) in enumerate(ROWS) if prefix == name]
         Path("some.csv").write_text("source\n" + "".join(f"{ROWS[n][1]}\n" for n in of_prefix))
         words = ["--base", "llama"] if not name else ["-p", f"bank/{name}"]
-        generate(*words, "-i", "some.csv", "-o", f"alone{name}.jsonl", "--set", "max_new_tokens=6", "--dtype", "float32")
+        generate(*words, "-i", "some.csv", "-o", f"alone{name}.jsonl", *BULK[4:])
         assert [mixed[n] for n in of_prefix] == texts(f"alone{name}.jsonl")
     assert len(set(mixed)) > 4, "prefixes write unlike texts"
 

@@ -31,7 +31,7 @@ from antefix.training.objectives import StepSize, reduce_losses
 from antefix.training.prepared import Prepared
 from antefix.training.users import User
 
-Need = Literal["base_loss", "step", "dev_scores"]
+Need = Literal["step", "dev_scores", "base_loss"]
 
 
 class Learner:
@@ -64,6 +64,7 @@ class Learner:
             self._num_steps,
         )
         self.dev_units = all_units(prepared.dev_set)
+        self.dev_extent = Extent.of(prepared.dev_set, self.dev_units, form)
         self.extent = Extent(0, 0, 0)
         """Of the rows of the next step."""
         self._loss, self._norm = 0.0, torch.zeros(())
@@ -84,16 +85,18 @@ class Learner:
     @property
     def needs(self) -> Need | None:
         """What is to be done next; None: it is over."""
+        if self._is_due:
+            return "dev_scores"
+        if self.num_steps_left:
+            return "step"
         # Padding that stands where soft tokens do is nothing that the bare base ever reads.
         if self.has_dev_set and self.base_loss is None and self.module.num_inserted_tokens == 0:
             return "base_loss"
-        if self._is_due:
-            return "dev_scores"
-        return "step" if self.num_steps_left else None
+        return None
 
     @property
-    def dev_tokens(self) -> int:
-        """Target tokens of the dev set: what its loss is a mean over."""
+    def num_target_tokens_of_dev(self) -> int:
+        """Target tokens of the dev set, what its loss is a mean over."""
         return sum(len(target) for e in self.prepared.dev_set.examples for target in e.targets)
 
     def step_loss(self, losses_M: Tensor) -> Tensor:

@@ -97,12 +97,11 @@ def _turn(
     Dev sets wait for one another until they fill a pass, or nobody can make a step without them.
     """
     budget = recipe.tokens_per_batch
-    for need in ("base_loss", "dev_scores"):
-        due = team.those_who_need(need)
-        are_enough = sum(sum(len(e.source) for e in one.prepared.dev_set.examples) + one.dev_tokens for one in due)
-        if due and (are_enough >= budget or need == "base_loss" or not team.those_who_need("step")):
-            _evaluate(base, attachment, due, places, recipe, bare=need == "base_loss")
-            return []
+    due = [*team.those_who_need("dev_scores"), *team.those_who_need("base_loss")]
+    tokens = sum(learner.dev_extent.num_tokens for learner in due)
+    if due and (tokens >= budget or not team.those_who_need("step")):
+        _evaluate(base, attachment, due, places, recipe)
+        return []
     chosen = team.next_to_step(budget)
     problems = _gradients(base, attachment, chosen, places, recipe)
     if problems and len(chosen) > 1:  # a value that is no number may have spoilt the others' gradients as well
@@ -141,34 +140,42 @@ def _gradients(
 
 @torch.no_grad()
 def _evaluate(
-    base: Base, attachment: Attachment, learners: Sequence[Learner], places: dict[Learner, int],
-    recipe: TrainingRecipe, *, bare: bool,
-) -> None:  # fmt: skip
-    """Fresh dev scores. bare: the dev losses of the base without a prefix."""
+    base: Base, attachment: Attachment, learners: Sequence[Learner], places: dict[Learner, int], recipe: TrainingRecipe
+) -> None:
+    """Fresh dev scores, or the dev loss of the bare base, for those who need the one or the other."""
+    with_prefix = [learner for learner in learners if learner.needs == "dev_scores"]
     for learner in learners:
         learner.module.eval()
+    losses = _dev_losses(base, attachment, learners, places, recipe)
+    further = {} if recipe.dev_metric == "loss" else _written_scores(base, attachment, with_prefix, places, recipe)
+    for learner, loss in losses.items():
+        if learner in with_prefix:
+            learner.note({"dev_loss": loss, **further.get(learner, {})})
+        else:
+            learner.base_loss = loss
+        learner.module.train()
+
+
+def _dev_losses(
+    base: Base, attachment: Attachment, learners: Sequence[Learner], places: dict[Learner, int], recipe: TrainingRecipe
+) -> dict[Learner, float]:
+    """Of each with what it learned, or of the bare base where it needs that."""
+    rows = {one: places[one] if one.needs == "dev_scores" else BARE for one in learners}
+    shares = [Share(places[one], row, one.prepared.dev_set, one.dev_units) for one, row in rows.items()]
     totals = torch.zeros(len(places), dtype=torch.float64)
-    shares = [
-        Share(places[one], BARE if bare else places[one], one.prepared.dev_set, one.dev_units) for one in learners
-    ]
     for mixed in passes(base.model, attachment, shares, learners[0].form, recipe.tokens_per_batch):
         totals.index_add_(0, mixed.owner_M.cpu(), mixed.losses_M.double().cpu())
-    found = {learner: {"dev_loss": float(totals[places[learner]]) / learner.dev_tokens} for learner in learners}
-    if recipe.dev_metric != "loss" and not bare:
-        for learner, value in _written_scores(base, attachment, learners, places, recipe).items():
-            found[learner][f"dev_{recipe.dev_metric}"] = value
-    for learner in learners:
-        if bare:
-            learner.base_loss = found[learner]["dev_loss"]
-        else:
-            learner.note(found[learner])
-        learner.module.train()
+    if len(learners) > 1 and not bool(totals.isfinite().all()):  # as with gradients: one may have spoilt all
+        return {one: _dev_losses(base, attachment, [one], places, recipe)[one] for one in learners}
+    return {one: float(totals[places[one]]) / one.num_target_tokens_of_dev for one in learners}
 
 
 def _written_scores(
     base: Base, attachment: Attachment, learners: Sequence[Learner], places: dict[Learner, int], recipe: TrainingRecipe
-) -> dict[Learner, float]:
+) -> dict[Learner, dict[str, float]]:
     """The recipe's metric on what each writes for the beginning of its dev set; all write together."""
+    if not learners:
+        return {}
     of_each = {
         one: [e for e in one.prepared.dev_examples if e.targets][: recipe.dev_metric_sources] for one in learners
     }
@@ -182,9 +189,10 @@ def _written_scores(
             decoding=prepared.decoding,
         )
     )
-    found, first = {}, 0
+    found: dict[Learner, dict[str, float]] = {}
+    first, metric = 0, recipe.dev_metric
     for one, examples in of_each.items():
         written = [texts[first + n] for n in range(len(examples))]
-        found[one] = score([e.targets for e in examples], written, [recipe.dev_metric])[recipe.dev_metric]
+        found[one] = {f"dev_{metric}": score([e.targets for e in examples], written, [metric])[metric]}
         first += len(examples)
     return found
