@@ -1,4 +1,4 @@
-"""A prefix for everybody in E2E (by name and price range, 220 of at least 16 pairs): killed, gone on, scored.
+"""A prefix for everybody in E2E (by name and price range or none, 220 of at least 16 pairs): killed, gone on, scored.
 
     python experiments/many_users.py path/to/e2e-dataset.zip
 
@@ -61,13 +61,13 @@ def main() -> None:
     options = parser.parse_args()
     data = f"{Path(options.data).resolve()}::trainset.csv"
     recipe = Recipe.model_validate({"name": "e2e", "data": {"train": data, "dev_pairs": DEV_PAIRS}})
-    num_users = len(users_of(recipe, BY, options.min_pairs).users)
+    num_users = len(users_of(recipe, BY, options.min_pairs, keep_empty=True).users)
     left = sum(num_users - num_kept(FOLDER / name) for name in ("one", "ray"))
     minutes = left * SECONDS_A_USER / 60
     print(f"{num_users} users, twice: {left} prefixes are left, about {minutes:.0f} min", flush=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "e2e.toml").write_text(RECIPE, encoding="utf-8")
-    command = ["train-many", data, "e2e.toml", "--min-pairs", str(options.min_pairs), "--json"]
+    command = ["train-many", data, "e2e.toml", "--min-pairs", str(options.min_pairs), "--keep-empty", "--json"]
     command += [word for column in BY for word in ("--by", column)]
     runs = {
         "one": killed_and_gone_on("one", command, num_users),

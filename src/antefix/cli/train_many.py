@@ -42,6 +42,10 @@ def train_many(
         typer.Option("--by", metavar="COLUMN", help="A column, or an attribute of the tables; several: say it again."),
     ] = None,
     min_pairs: Annotated[int, typer.Option(min=1, help="Who has fewer pairs gets no prefix.")] = 8,
+    keep_empty: Annotated[
+        bool,
+        typer.Option("--keep-empty", help="Of several columns, nothing is a value too; else such rows are left out."),
+    ] = False,
     shared: Annotated[
         bool, typer.Option("--shared", help="Train one prefix on all rows first, and start all others from it.")
     ] = False,
@@ -91,7 +95,7 @@ def train_many(
     if processes.num_processes() > 1:
         raise TrainingError("train-many shares its users over Ray (--workers), not over `accelerate launch`")
     loaded = load_recipe(recipe, [f"data.train={json.dumps(data)}", *(overrides or [])])
-    everybody = users_of(loaded, by, min_pairs)
+    everybody = users_of(loaded, by, min_pairs, keep_empty=keep_empty)
     out = console()
     _say_who(out, everybody, min_pairs)
     if dry_run:

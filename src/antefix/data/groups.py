@@ -28,10 +28,13 @@ class Groups:
     """Rows that are in no group, by the first column in which they have nothing."""
 
 
-def read_groups(source: str, by: Sequence[str], *, format: str | None = None, **options: Any) -> Groups:
+def read_groups(
+    source: str, by: Sequence[str], *, keep_empty: bool = False, format: str | None = None, **options: Any
+) -> Groups:
     """Read a data set in groups; see `antefix.data.read` for the arguments.
 
-    by: columns that are neither source nor target, or attributes of the tables. Raises DataError for a name that no row
+    by: columns that are neither source nor target, or attributes of the tables. keep_empty: nothing is a value like any
+    other, where another column has one; else rows without a value are left out. Raises DataError for a name that no row
     has, and for one in which all rows are empty.
     """
     rows = read_rows(source, format=format, **options)
@@ -40,11 +43,11 @@ def read_groups(source: str, by: Sequence[str], *, format: str | None = None, **
     without: dict[str, int] = {}
     for row in rows:
         values = [value_of(row, column) for column in by]
-        if None in values:
-            column = by[values.index(None)]
-            without[column] = without.get(column, 0) + 1
+        missing = [column for column, value in zip(by, values, strict=True) if value is None]
+        if missing and not (keep_empty and any(values)):
+            without[missing[0]] = without.get(missing[0], 0) + 1
         else:
-            groups.setdefault(tuple(v for v in values if v is not None), []).append(row)
+            groups.setdefault(tuple(value or "" for value in values), []).append(row)
     if not groups:
         raise DataError(f"{source}: no row has a value in each of {', '.join(by)}")
     return Groups(tuple(by), {values: joined(some) for values, some in groups.items()}, without)

@@ -55,15 +55,17 @@ class Users:
     """Rows that are nobody's, by the column in which they have nothing."""
 
 
-def users_of(recipe: Recipe, by: Sequence[str], min_pairs: int) -> Users:
+def users_of(recipe: Recipe, by: Sequence[str], min_pairs: int, *, keep_empty: bool = False) -> Users:
     """Read a recipe's data in groups; each has a dev set of its own, as the recipe says for one.
 
-    `data.pairs` is the most that each gets. min_pairs: who has fewer is skipped. Raises DataError for columns that are
-    not there, TrainingError for two users of the same name, and where all are skipped.
+    `data.pairs` is the most that each gets. min_pairs: who has fewer is skipped. keep_empty: see `read_groups`.
+    Raises DataError for columns that are not there, TrainingError for two users of the same name, and where all are
+    skipped.
     """
     data = recipe.data
-    groups = read_groups(data.train, by, format=data.format, **data.reader)
-    dev = None if data.dev is None else read_groups(data.dev, by, format=data.format, **data.reader)
+    options = {"keep_empty": keep_empty, "format": data.format, **data.reader}
+    groups = read_groups(data.train, by, **options)
+    dev = None if data.dev is None else read_groups(data.dev, by, **options)
     enough = {values: some for values, some in groups.examples.items() if pairs_of(some) >= min_pairs}
     skipped = [
         Skipped(_named(by, values), pairs_of(some)) for values, some in groups.examples.items() if values not in enough
