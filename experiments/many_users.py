@@ -7,7 +7,7 @@ workers of Ray, one of which is killed at the same moment. SmolLM2-135M in float
 that nobody who was kept is trained again, that all are there in the end, and that both runs keep the same tensors to
 rounding. Writes `results/many_users.json` and the report's plot beside it.
 
-Given again it goes on: banks and runs are in `results/many_users/`. `--min-pairs 60` tries it with a few.
+Given again it goes on: banks and runs are in `experiments/work/many_users/`. `--min-pairs 60` tries it with a few.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from antefix.training.users import users_of
 
 from units import ROOT, commit, made_with  # isort: skip
 
-FOLDER, RESULT = ROOT / "results" / "many_users", ROOT / "results" / "many_users.json"
+FOLDER, RESULT = ROOT / "experiments" / "work" / "many_users", ROOT / "results" / "many_users.json"
 BY = ("name", "priceRange")
 STEPS, PAIRS_PER_STEP, DEV_PAIRS, EVALUATIONS = 6, 4, 8, 2
 SECONDS_A_USER = 9.0
