@@ -43,6 +43,11 @@ class Made:
                 new_tokens=module.new_tokens(),
             )
 
+    @classmethod
+    def nothing(cls) -> Made:
+        """Of a prefix that no row has."""
+        return cls(slots={}, branches={}, rows=None, linear={}, inserted=None, new_tokens=None)
+
     def tensors(self) -> list[Tensor]:
         """All that it is made of."""
         of_branches = [t for branches in self.branches.values() for branch in branches for t in branch.tensors()]

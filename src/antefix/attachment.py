@@ -259,8 +259,13 @@ class Attachment:
             self._live = self._make()
         return self._live
 
-    def _make(self) -> list[Made]:
-        return [Made.of(module) for module in self._modules]
+    def _make(self, used: set[int] | None = None) -> list[Made]:
+        """used: what is not among these is left out, as nothing; None: all are made."""
+        return [Made.of(m) if used is None or n in used else Made.nothing() for n, m in enumerate(self._modules)]
+
+    def _in_use(self) -> set[int] | None:
+        """The prefixes that rows carry: of hundreds that are trained together, a batch has a few."""
+        return None if self._rows is None else set(self._rows.tolist())
 
     @property
     def longest_shift(self) -> int:
@@ -368,7 +373,7 @@ class Attachment:
         self._outermost = module
         # Made now, not at the first site: layers that recompute in the backward pass then find the same tensors.
         if self._trainable:
-            self._live = self._make()
+            self._live = self._make(self._in_use())
         if self._tells_targets:
             begins = self._target_begins = target_begins(args, kwargs, self._source_lengths)
             self._is_target = None if begins is None else targets_in(args, kwargs, begins)

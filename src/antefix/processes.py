@@ -26,6 +26,17 @@ def is_main() -> bool:
     return bool(_state().is_main_process)
 
 
+def num_processes() -> int:
+    """How many train as one."""
+    return int(_state().num_processes)
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    found: torch.device = _state().device
+    return found
+
+
 def on_processor() -> bool:
     """Whether Accelerate is to leave accelerators alone: it was told so, or several processes have none to work on.
 

@@ -29,6 +29,7 @@ from antefix.cli.merge import merge
 from antefix.cli.methods import methods
 from antefix.cli.search import search
 from antefix.cli.train import train
+from antefix.cli.train_many import train_many
 from antefix.errors import AntefixError, OtherProcessError
 
 _INTERRUPTED = 130
@@ -68,6 +69,7 @@ app.command("methods")(methods)
 app.command("cartridge")(cartridge)
 app.command("doctor")(doctor)
 app.command("train")(train)
+app.command("train-many")(train_many)
 app.command("search")(search)
 app.command("compare")(compare)
 app.command("generate")(generate)

@@ -33,6 +33,14 @@ def generate(
     prefix: Annotated[
         Path | None, typer.Option("--prefix", "-p", help="A kept prefix; without: the bare base.")
     ] = None,
+    prefix_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="A column of the file that names each row's prefix; empty: the bare base."),
+    ] = None,
+    bank: Annotated[Path, typer.Option(help="The bank of the prefixes that rows name.")] = Path("bank"),
+    resident_mib: Annotated[
+        int, typer.Option(min=1, help="MiB of the prefixes that rows name in memory at once.")
+    ] = 256,
     input_file: Annotated[
         str | None, typer.Option("--input", "-i", help="A data file; every source gets a text.")
     ] = None,
@@ -68,15 +76,28 @@ def generate(
     `antefix generate "name: Fern Hill | price: £20" -p bank/menus`
 
     `antefix generate -p bank/menus -i menus.csv -o texts.jsonl --set num_beams=5`
+
+    `antefix generate --prefix-column customer_prefix -i orders.csv -o texts.jsonl`
     """
     from antefix.attach import attached
     from antefix.base import load_base
+    from antefix.cli.bulk import prepare_bulk
     from antefix.decoding import Decoding
     from antefix.generation import generate_each
     from antefix.labels import label_each
     from antefix.prefix import Prefix
     from antefix.settings import override, validated
 
+    if prefix_column is not None:
+        if prefix is not None or source is not None or input_file is None:
+            raise GenerationError("--prefix-column is for a file of sources alone: give --input, and no --prefix")
+        bulk = prepare_bulk(input_file, split, prefix_column, bank, base, decoding or [], text or [], limit)
+        loaded = load_base(bulk.base, dtype=cast("Dtype", dtype), device=device, revision=bulk.revision)
+        answers = partial(
+            bulk.answers, loaded, resident_bytes=resident_mib << 20, batch_size=batch_size, on_cut=_say_cut
+        )
+        _write_many(answers, bulk.sources, [loaded.fingerprint, *bulk.decides], output, overwrite, as_json)
+        return
     kept = None if prefix is None else Prefix.load(prefix)
     if kept is None and base is None:
         raise GenerationError("say which prefix (--prefix FOLDER), or which bare base (--base smollm2-135m)")
@@ -101,7 +122,12 @@ def generate(
             )
         decides = [loaded.fingerprint, text_format.model_dump_json(), chosen.model_dump_json()]
         decides += [repr([e.source for e in examples]), "" if kept is None else kept.card.model_dump_json()]
-        _write_many(each, examples, decides, output, overwrite, as_json)
+        chosen_each = each
+
+        def answers_of(left: list[int]) -> Iterator[tuple[int, str]]:
+            return chosen_each([examples[n] for n in left])
+
+        _write_many(answers_of, examples, decides, output, overwrite, as_json)
 
 
 def _sources(
@@ -171,9 +197,17 @@ def _print_one(base: Base, examples: list[Example], text_format: TextFormat, dec
 
 
 def _write_many(
-    each: Each, examples: list[Example], decides: list[str], output: Path | None, overwrite: bool, as_json: bool
+    answers_of: Callable[[list[int]], Iterator[tuple[int, str]]],
+    examples: list[Example],
+    decides: list[str],
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
-    """Texts or labels into a file, going on where an interrupted command stopped. decides: what they depend on."""
+    """Texts or labels into a file, going on where an interrupted command stopped.
+
+    answers_of: makes those of these examples. decides: what they depend on.
+    """
     from antefix.cli.progress import LiveLine, clock
     from antefix.generated_file import GeneratedFile
     from antefix.pace import Pace
@@ -187,7 +221,7 @@ def _write_many(
         out.print(f"going on: {len(file.texts)} of {len(examples)} texts are there", highlight=False)
     pace = Pace(len(left))
     with LiveLine(out, len(examples), "text") as line:
-        for index, written in each([examples[n] for n in left]) if left else ():
+        for index, written in answers_of(left) if left else ():
             file.add(left[index], written)
             pace.one_done()
             line.show(len(file.texts), f"{pace.per_second:.1f}/s  {clock(pace.seconds_left)} left")

@@ -87,12 +87,12 @@ def microbatches(
     rows = [part for unit in units for part in _fitting(encoded, unit, token_budget if packed else 0)]
     divisible = not encoded.are_choices
     while divisible and len(rows) < multiple_of and (long := [row for row in rows if len(row.targets) > 1]):
-        longest = rows.index(max(long, key=lambda row: _row_tokens(encoded, row)))
+        longest = rows.index(max(long, key=lambda row: row_tokens(encoded, row)))
         rows[longest : longest + 1] = _halves(rows[longest])
     if packed and not encoded.for_encoder:
         return _evenly(encoded, rows, token_budget, multiple_of)
     batches: list[list[Unit]] = []
-    for unit in sorted(rows, key=lambda row: _row_tokens(encoded, row)):
+    for unit in sorted(rows, key=lambda row: row_tokens(encoded, row)):
         if batches and _batch_tokens(encoded, [*batches[-1], unit]) <= token_budget:
             batches[-1].append(unit)
         else:
@@ -106,8 +106,8 @@ def microbatches(
 
 def _evenly(encoded: Encoded, rows: Sequence[Unit], token_budget: int, multiple_of: int) -> list[list[Unit]]:
     """The longest row first, always into the batch that is emptiest."""
-    longest_first = sorted(rows, key=lambda row: _row_tokens(encoded, row), reverse=True)
-    total = sum(_row_tokens(encoded, row) for row in rows)
+    longest_first = sorted(rows, key=lambda row: row_tokens(encoded, row), reverse=True)
+    total = sum(row_tokens(encoded, row) for row in rows)
     count = min(-(-total // token_budget), len(rows))
     while True:
         count = min(-(-count // multiple_of) * multiple_of, len(rows))
@@ -116,7 +116,7 @@ def _evenly(encoded: Encoded, rows: Sequence[Unit], token_budget: int, multiple_
         for row in longest_first:
             tokens, emptiest = fed[0]
             batches[emptiest].append(row)
-            heapq.heapreplace(fed, (tokens + _row_tokens(encoded, row), emptiest))
+            heapq.heapreplace(fed, (tokens + row_tokens(encoded, row), emptiest))
         if count == len(rows) or all(tokens <= token_budget or len(batches[n]) == 1 for tokens, n in fed):
             return batches
         count += max(1, count // 16)
@@ -136,12 +136,13 @@ def _halves(unit: Unit) -> tuple[Unit, Unit]:
 def _batch_tokens(encoded: Encoded, units: Sequence[Unit]) -> int:
     """Tokens that a batch of these units feeds, padding included."""
     if not encoded.for_encoder:
-        return len(units) * max(_row_tokens(encoded, u) for u in units)
+        return len(units) * max(row_tokens(encoded, u) for u in units)
     examples = encoded.examples
     targets = [len(examples[u.example].targets[t]) for u in units for t in u.targets]
     return len(units) * max(len(examples[u.example].source) for u in units) + len(targets) * max(targets)
 
 
-def _row_tokens(encoded: Encoded, unit: Unit) -> int:
+def row_tokens(encoded: Encoded, unit: Unit) -> int:
+    """Tokens of a packed row; a target's last one is not fed."""
     example = encoded.examples[unit.example]
     return len(example.source) + sum(len(example.targets[t]) - 1 for t in unit.targets)

@@ -109,7 +109,7 @@ def train_loop(
     take_from_main(module)
     groups = [{"params": params, "scale": scale} for params, scale in module.rate_scales()]
     parameters = [p for params, _ in module.rate_scales() for p in params]
-    optimiser = _optimiser(groups, learning_rate, recipe)
+    optimiser = optimiser_of(groups, learning_rate, recipe)
     num_steps = planned_steps(train_set, recipe)
     progress, best = Progress(), module.kept()
     # Before a checkpoint is loaded and without dropout: a resumed run must come to the same answer.
@@ -139,7 +139,7 @@ def train_loop(
         for units in itertools.islice(plan, progress.step, num_steps):
             if progress.stopped_early:
                 break
-            rate = _set_rate(optimiser, learning_rate, progress.step, num_steps, recipe)
+            rate = set_rate(optimiser, learning_rate, progress.step, num_steps, recipe)
             size = StepSize.of(train_set, units)
             batches = feed.parts(units, multiple_of=accelerator.num_processes)
             loss = torch.zeros((), device=accelerator.device)
@@ -205,7 +205,8 @@ def train_loop(
     return Outcome(progress, best, form)
 
 
-def _optimiser(groups: list[dict[str, Any]], learning_rate: float, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+def optimiser_of(groups: list[dict[str, Any]], learning_rate: float, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    """groups: each with its `scale`, what `set_rate` multiplies the run's rate by."""
     if recipe.optimiser == "adafactor":
         return Adafactor(  # type: ignore[no-untyped-call]
             groups, lr=learning_rate, weight_decay=recipe.weight_decay, scale_parameter=True, relative_step=False
@@ -240,9 +241,13 @@ def _check_loss(loss: float, step: int, learning_rate: float) -> None:
 
 def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
     """How many optimiser steps the run takes."""
+    return planned_steps_of(train_set.num_pairs / train_set.num_draws, recipe)
+
+
+def planned_steps_of(pairs_of_epoch: float, recipe: TrainingRecipe) -> int:
+    """How many optimiser steps a run takes whose epochs have so many pairs."""
     if recipe.max_steps is not None:
         return recipe.max_steps
-    pairs_of_epoch = train_set.num_pairs / train_set.num_draws
     return max(1, math.ceil(recipe.epochs * pairs_of_epoch / recipe.pairs_per_step))
 
 
@@ -288,9 +293,8 @@ def evaluation_steps(num_steps: int, evaluations: int) -> set[int]:
     return {math.ceil(num_steps * (n + 1) / evaluations) for n in range(evaluations)}
 
 
-def _set_rate(
-    optimiser: torch.optim.Optimizer, peak: float, step: int, num_steps: int, recipe: TrainingRecipe
-) -> float:
+def set_rate(optimiser: torch.optim.Optimizer, peak: float, step: int, num_steps: int, recipe: TrainingRecipe) -> float:
+    """The learning rate of this step, set and returned."""
     warmup = math.ceil(0.05 * num_steps) if recipe.warmup_steps is None else recipe.warmup_steps
     if step < warmup:
         rate = peak * (step + 1) / warmup

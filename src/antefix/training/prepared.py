@@ -98,10 +98,12 @@ def prepare_recipe(
     recipe: Recipe,
     examples: tuple[Sequence[Example], Sequence[Example]] | None = None,
     base: Base | None = None,
+    fresh: MethodModule | None = None,
 ) -> Prepared:
     """Load the base, read the data and check everything a recipe says.
 
-    examples, base: what `recipe_examples` and `recipe_base` gave for a recipe that says the same of them.
+    examples, base: what `recipe_examples` and `recipe_base` gave for a recipe that says the same of them. fresh: see
+    `prepare`.
     """
     data = recipe.data
     train_examples, dev_examples = examples or recipe_examples(recipe)
@@ -116,6 +118,7 @@ def prepare_recipe(
         base or recipe_base(recipe), train_examples, dev_examples, method=recipe.method, config=recipe.config,
         text_format=TextFormat.from_dict(text), decoding=decoding, training=recipe.training,
         data_name=data.train, max_target_tokens=data.max_target_tokens, task=recipe.task, words=recipe.words,
+        fresh=fresh,
     )  # fmt: skip
 
 
@@ -133,10 +136,12 @@ def prepare(
     max_target_tokens: int | None = None,
     task: TaskName = "text_generation",
     words: Mapping[str, str] | None = None,
+    fresh: MethodModule | None = None,
 ) -> Prepared:
     """Build the prefix and encode the data.
 
-    max_target_tokens: longer targets are cut, and counted; None: one that does not fit is an error.
+    max_target_tokens: longer targets are cut, and counted; None: one that does not fit is an error. fresh: what
+    would be built, where it was built before; None: it is built.
     """
     num_draws = 1
     if task == "triples":
@@ -156,7 +161,7 @@ def prepare(
     checked = checked.completed([target for e in train_examples for target in e.targets])
     text_format = text_format or default_format([e.source for e in train_examples])
     torch.manual_seed(training.seed)
-    module = _built(base, method, checked, made)
+    module = fresh or built(base, method, checked, made)
     text_format = module.with_symbols(text_format)
     shift = module.num_virtual_tokens if module.positions == "shifted" else 0
     context = None if base.context_length is None else base.context_length - shift
@@ -204,7 +209,7 @@ def _with_negatives(
     return train_examples, with_negatives(dev_examples, training.negatives, training.seed), num_draws
 
 
-def _built(base: Base, method: str, config: MethodConfig, task: Task | None) -> MethodModule:
+def built(base: Base, method: str, config: MethodConfig, task: Task | None) -> MethodModule:
     """A fresh module, with a head where the task needs one. Raises TrainingError where method and task do not fit."""
     parent = None if config.parent is None else Prefix.load(config.parent)
     if parent is not None:

@@ -89,7 +89,7 @@ def run(
         outcome = train_loop(
             prepared.base.model, prepared.module, *sets, prepared.training, learning_rate=rate, **arguments
         )
-    return Prefix(outcome.tensors, _card(prepared, outcome, tags, licence, notes))
+    return Prefix(outcome.tensors, card_of(prepared, outcome, tags, licence, notes))
 
 
 def run_recipe(
@@ -181,7 +181,8 @@ def _metric_versions(prepared: Prepared) -> dict[str, Any]:
     return {"versions": {f"dev_{name}": load(name).VERSION}}
 
 
-def _card(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: str | None, notes: str) -> Card:
+def card_of(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: str | None, notes: str) -> Card:
+    """What a prefix says about itself behind its training."""
     base, training, progress = prepared.base, prepared.training, outcome.progress
     return Card(
         method=prepared.method,

@@ -8,7 +8,7 @@ adding one is a file, a line in the table and a line in `format_of`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from itertools import chain
@@ -42,12 +42,19 @@ def read(source: str | Path, *, format: str | None = None, split: str | None = N
     Raises DataError in one line naming file and line: a missing, empty or broken file, an unknown format, a
     missing key, an empty source or target.
     """
+    return joined(read_rows(source, format=format, split=split, **options))
+
+
+def read_rows(
+    source: str | Path, *, format: str | None = None, split: str | None = None, **options: Any
+) -> list[Example]:
+    """The same with an example a row: nothing is joined."""
     rows = rows_of(str(source), split)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source}: the file has no rows")
     module = reader(format or format_of(first[1]), options)
-    examples = _grouped(_alike(module.examples(chain([first], rows), **options)))
+    examples = list(_alike(module.examples(chain([first], rows), **options)))
     if not examples:
         raise DataError(f"{source}: no row is left by {options}")
     return examples
@@ -94,12 +101,12 @@ def _alike(rows: Iterator[Example]) -> Iterator[Example]:
         yield row
 
 
-def _grouped(rows: Iterable[Example]) -> list[Example]:
-    """Rows with equal sources (and second texts) joined into one example."""
-    firsts: dict[tuple[Source, str | None], Example] = {}
-    targets: dict[tuple[Source, str | None], list[str]] = {}
+def joined(rows: Iterable[Example], apart: Callable[[Example], Any] = lambda row: None) -> list[Example]:
+    """Rows with equal sources (and second texts) as one example. apart: rows that differ in this stay apart."""
+    firsts: dict[tuple[Source, str | None, Any], Example] = {}
+    targets: dict[tuple[Source, str | None, Any], list[str]] = {}
     for row in rows:
-        key = row.source, row.condition
+        key = row.source, row.condition, apart(row)
         firsts.setdefault(key, row)
         targets.setdefault(key, []).extend(row.targets)
     return [replace(first, targets=tuple(targets[key])) for key, first in firsts.items()]
