@@ -11,6 +11,7 @@ AntefixError
 ├── TrainingError         a run cannot start, resume or go on
 │   └── OtherProcessError another of a run's processes failed, and says why
 ├── GenerationError       texts cannot be generated as asked
+├── ServingError          a server's engine cannot do what was asked, or cannot start
 ├── MetricError           a score cannot be computed (a missing program, unequal counts)
 └── BenchmarkError        something cannot be measured here, or two arms do not compute the same
 
@@ -66,6 +67,17 @@ class OtherProcessError(TrainingError):
 
 class GenerationError(AntefixError):
     """Texts cannot be generated as asked."""
+
+
+class ServingError(AntefixError):
+    """A server's engine cannot do what was asked, or cannot start. kind: one of `antefix.server.messages.KINDS`."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class MetricError(AntefixError):

@@ -1,0 +1,1 @@
+"""Many requests, each with its own prefix, served by one base."""
