@@ -12,6 +12,7 @@ AntefixError
 │   └── OtherProcessError another of a run's processes failed, and says why
 ├── GenerationError       texts cannot be generated as asked
 ├── ServingError          a server's engine cannot do what was asked, or cannot start
+├── ServerError           a server cannot be started as asked (its keys, its port, a missing extra)
 ├── MetricError           a score cannot be computed (a missing program, unequal counts)
 └── BenchmarkError        something cannot be measured here, or two arms do not compute the same
 
@@ -78,6 +79,10 @@ class ServingError(AntefixError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class ServerError(AntefixError):
+    """A server cannot be started as asked."""
 
 
 class MetricError(AntefixError):
