@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "antefix"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"benchmarks", "demo"},
+    {"benchmarks", "demo", "server"},
     {"doctor", "interop", "training", "bank", "merge", "link_prediction"},
     {"generation", "labels", "self_study"},
     {"choices", "frame_decoding"},
