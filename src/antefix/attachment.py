@@ -294,6 +294,11 @@ class Attachment:
         return max(lengths) if lengths else None
 
     @property
+    def at_sites(self) -> list[SiteStack]:
+        """What acts at attention sites, with what it keeps of every row's text."""
+        return [stack for stack in self._stacks if isinstance(stack, SiteStack)]
+
+    @property
     def trainable(self) -> bool:
         """Whether slots change between forward passes."""
         return self._trainable

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
 
 
 class AntefixError(Exception):
@@ -70,10 +71,22 @@ class GenerationError(AntefixError):
     """Texts cannot be generated as asked."""
 
 
-class ServingError(AntefixError):
-    """A server's engine cannot do what was asked, or cannot start. kind: one of `antefix.server.messages.KINDS`."""
+ServingKind = Literal[
+    "not_found", "broken_prefix", "unsupported", "too_long", "overloaded", "unavailable", "internal"
+]  # fmt: skip
+"""What went wrong in a server.
 
-    def __init__(self, message: str, kind: str) -> None:
+`not_found`: no prefix of this name. `broken_prefix`: its files cannot be used, or belong to another base. `unsupported`:
+it cannot be served, or not together with what else was asked for. `too_long`: the prompt and what is to be written do
+not fit into the context. `overloaded`: no room now, later perhaps. `unavailable`: the worker died, is being started, or
+stops. `internal`: our fault.
+"""
+
+
+class ServingError(AntefixError):
+    """A server's engine cannot do what was asked, or cannot start."""
+
+    def __init__(self, message: str, kind: ServingKind) -> None:
         super().__init__(message, kind)
         self.kind = kind
 

@@ -9,19 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from antefix.errors import ServingKind
+
 Top = tuple[tuple[int, float], ...]
 """The likeliest tokens at one place, the likeliest first: `(id, log-probability)`."""
 
 Reason = Literal["stop", "length", "cancelled"]
 """Why a job ended: the token that ends a text came; as many tokens as asked for; nobody wants it any more."""
 
-Kind = Literal[
-    "not_found", "broken_prefix", "unsupported", "too_long", "overloaded", "unavailable", "internal"
-]  # fmt: skip
-"""What went wrong. `not_found`: no prefix of this name. `broken_prefix`: its files cannot be used, or belong to another
-base. `unsupported`: it cannot be served, or not together with what was asked for. `too_long`: the prompt and what is to
-be written do not fit into the context. `overloaded`: no room now, later perhaps. `unavailable`: the worker died, is
-being started, or stops. `internal`: our fault."""
+Kind = ServingKind
+"""What went wrong."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

@@ -1,0 +1,331 @@
+"""Continuous batching: jobs join a running batch and leave it, each with its own prefix, length and sampling.
+
+One `step` reads the prompts of those that join, as many as fit into a budget, and then writes one token for every row.
+Knows token ids and prefixes in memory; nothing of texts, processes or requests' formats. Prefixes never enter the
+cache: every row tells the attachment which one it carries.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from antefix.base import Base
+from antefix.errors import AntefixError, ServingError, one_line
+from antefix.server.attached_set import AttachedSet
+from antefix.server.carried import Carried
+from antefix.server.frame import Frame, left_padded, mask_of
+from antefix.server.messages import Event, Failed, Finished, Job, Kind, PromptScored, Token
+from antefix.server.residency import Residency
+from antefix.server.sampling import Sampler, scores_of_prompt
+from antefix.site_stack import RowMemory
+from antefix.sites import find_sites
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Row:
+    """A job at work."""
+
+    job: Job
+    taken: tuple[Carried, ...]
+    carried: Carried | None
+    stop_ids: frozenset[int]
+    ids: list[int]
+    """What is read of it first: the prompt, and soft tokens behind it."""
+    sampler: Sampler
+    length: int = 0
+    """Its columns of the cache."""
+    last_id: int = 0
+    """The token that is written and not yet read."""
+    num_written: int = 0
+    memory: RowMemory = field(default_factory=dict)
+
+
+class Loop:
+    """A base, its running batch and those that wait. Not for several threads."""
+
+    def __init__(self, base: Base, residency: Residency, *, max_rows: int, prompt_tokens: int) -> None:
+        """Raises ServingError for a base that does not write texts from left to right."""
+        if not find_sites(base.model).is_causal:
+            raise ServingError(
+                f"the base '{base.name}' is no decoder that reads from left to right: serve one like GPT-2 or Llama",
+                "unsupported",
+            )
+        self._base, self._residency = base, residency
+        self._max_rows, self._prompt_tokens = max_rows, prompt_tokens
+        self._attached = AttachedSet(base.model)
+        self._frame = Frame()
+        self._rows: list[_Row] = []
+        self._waiting: deque[Job] = deque()
+        self._stop_ids = _stop_ids(base)
+        self._num_words = int(base.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Rows at work."""
+        return len(self._rows)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._rows and not self._waiting
+
+    @property
+    def num_attached(self) -> int:
+        """How often the set of attached prefixes changed."""
+        return self._attached.num_attached
+
+    def add(self, job: Job) -> None:
+        """Let a job wait for a row."""
+        self._waiting.append(job)
+
+    def cancel(self, job_id: str) -> list[Event]:
+        """Forget a job, wherever it is; its row is free at once."""
+        for job in self._waiting:
+            if job.id == job_id:
+                self._waiting.remove(job)
+                return [Finished(job_id, "cancelled")]
+        for row in self._rows:
+            if row.job.id == job_id:
+                self._leave(row)
+                return [Finished(job_id, "cancelled", _num_slots(row))]
+        return []
+
+    def fail_all(self, message: str, kind: Kind) -> list[Event]:
+        """End every job."""
+        events: list[Event] = [Failed(job.id, message, kind) for job in (*self._waiting, *(r.job for r in self._rows))]
+        self._waiting.clear()
+        self._forget_rows()
+        return events
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Read the prompts of who joins, write one token a row. What happened, in order."""
+        events: list[Event] = []
+        joining = self._joining(events)
+        if joining:
+            events += self._read(joining)
+        if self._rows:
+            events += self._write()
+        return events
+
+    # --- joining --------------------------------------------------------------------------------------------
+
+    def _joining(self, events: list[Event]) -> list[_Row]:
+        """Who waits longest, as far as rows are free and prompts fit together into the budget."""
+        joining: list[_Row] = []
+        while self._waiting and len(self._rows) + len(joining) < self._max_rows:
+            longest = max(len(self._waiting[0].prompt), *(len(row.ids) for row in joining), 1)
+            if joining and longest * (len(joining) + 1) > self._prompt_tokens:
+                break
+            job = self._waiting.popleft()
+            try:
+                joining.append(self._row(job))
+            except ServingError as error:
+                events.append(Failed(job.id, str(error), error.kind))
+        return joining
+
+    def _row(self, job: Job) -> _Row:
+        """Raises ServingError."""
+        taken = self._residency.take(job.prefixes)
+        try:
+            carried = self._residency.as_one(taken)
+            ids = list(job.prompt)
+            if carried is not None:
+                ids += [self._base.tokenizer.pad_token_id] * carried.module.num_inserted_tokens
+            num_words = self._num_words + (0 if carried is None else len(carried.module.symbols))
+            self._check(job, ids, carried, num_words)
+            stop_ids = self._stop_ids | ({carried.stop_token_id} if carried is not None else set())
+            return _Row(job, taken, carried, stop_ids, ids, Sampler(job.sampling, num_words))
+        except ServingError:
+            self._residency.give_back(taken)
+            raise
+
+    def _check(self, job: Job, ids: Sequence[int], carried: Carried | None, num_words: int) -> None:
+        if not job.prompt:
+            raise ServingError("the prompt is empty: give at least one token", "unsupported")
+        strange = [i for i in (*job.prompt, *job.sampling.logit_bias) if not 0 <= i < num_words]
+        if strange:
+            raise ServingError(f"{strange[0]} is no token of this model: it has 0 to {num_words - 1}", "unsupported")
+        limit = self._base.context_length
+        if limit is None:
+            return
+        if carried is not None:
+            limit -= carried.shift
+        if len(ids) + job.sampling.max_tokens > limit:
+            raise ServingError(
+                f"{len(ids)} prompt tokens and max_tokens {job.sampling.max_tokens} do not fit into the context of "
+                f"{limit} tokens: shorten the prompt or lower max_tokens",
+                "too_long",
+            )
+
+    def _read(self, joining: list[_Row]) -> list[Event]:
+        """The prompts together; where that fails each alone, so that one row's fault is not its neighbours'."""
+        try:
+            logits, cache = self._prompt_logits(joining)
+        except Exception as error:
+            if len(joining) > 1:
+                _log.warning("%d prompts could not be read together: %s", len(joining), one_line(error))
+                return [event for row in joining for event in self._read([row])]
+            self._residency.give_back(joining[0].taken)
+            return [_failed(joining[0], error)]
+        events: list[Event] = []
+        staying = []
+        for place, row in enumerate(joining):
+            row.length, row.memory = len(row.ids), self._attached.memory_of(place, row.carried)
+            written, goes_on = self._one_more(row, logits[place])
+            events += written
+            if goes_on:
+                staying.append(place)
+            else:
+                self._residency.give_back(row.taken)
+        if staying:
+            self._frame.join(cache, staying)
+            self._rows += [joining[place] for place in staying]
+        return events
+
+    def _prompt_logits(self, joining: list[_Row]) -> tuple[Tensor, DynamicCache]:
+        """At the prompts' last places, or at all of them where one wants its prompt scored: (B, 1 or T, V)."""
+        at_work = [row.carried for row in self._rows if row.carried is not None]
+        self._attached.include([row.carried for row in joining if row.carried is not None], at_work)
+        ids, mask, positions = left_padded(
+            [row.ids for row in joining], self._base.tokenizer.pad_token_id, self._base.model.device
+        )
+        self._attached.place([row.carried for row in joining], ids.shape[1])
+        cache = DynamicCache()
+        wants_scores = any(row.job.sampling.prompt_logprobs for row in joining)
+        return self._forward(ids, mask, positions, cache, logits_to_keep=0 if wants_scores else 1), cache
+
+    # --- writing --------------------------------------------------------------------------------------------
+
+    def _write(self) -> list[Event]:
+        """One token for every row."""
+        try:
+            logits = self._next_logits()
+        except Exception as error:
+            failed: list[Event] = [_failed(row, error) for row in self._rows]
+            self._forget_rows()
+            return failed
+        events: list[Event] = []
+        for row, logits_TV in zip(list(self._rows), logits, strict=True):
+            written, goes_on = self._one_more(row, logits_TV)
+            events += written
+            if not goes_on:
+                self._leave(row)
+        return events
+
+    def _next_logits(self) -> Tensor:
+        """Of every row: (B, 1, V)."""
+        rows, frame, device = self._rows, self._frame, self._base.model.device
+        frame.begin_step()
+        width = frame.width
+        ends = torch.tensor([width - row.length + len(row.ids) for row in rows], device=device)
+        self._attached.place([row.carried for row in rows], ends)
+        self._attached.put_memories([row.memory for row in rows])
+        ids = torch.tensor([[row.last_id] for row in rows], device=device)
+        positions = torch.tensor([[row.length] for row in rows], device=device)
+        mask = mask_of([row.length + 1 for row in rows], width + 1, device)
+        logits = self._forward(ids, mask, positions, frame.cache, logits_to_keep=1)
+        frame.end_step()
+        for row in rows:
+            row.length += 1
+        return logits
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, logits_to_keep: int) -> Tensor:
+        out = self._base.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )  # fmt: skip
+        return out.logits.float().cpu()  # type: ignore[no-any-return]
+
+    def _one_more(self, row: _Row, logits_TV: Tensor) -> tuple[list[Event], bool]:
+        """The row's next token, and whether it goes on. logits_TV: at its last place, or at all of its prompt."""
+        events: list[Event] = []
+        sampling, job_id = row.job.sampling, row.job.id
+        length = Finished(job_id, "length", _num_slots(row))
+        try:
+            if sampling.prompt_logprobs and row.num_written == 0:
+                events.append(_scored(row, logits_TV[-row.length :]))
+            if sampling.max_tokens == 0:
+                return [*events, length], False
+            chosen, logprob, top = row.sampler.next(logits_TV[-1])
+        except Exception as error:  # a prefix that makes nonsense of the logits
+            return [_failed(row, error)], False
+        if chosen in row.stop_ids and not sampling.ignore_eos:
+            return [*events, Finished(job_id, "stop", _num_slots(row))], False
+        row.last_id = chosen
+        row.num_written += 1
+        events.append(Token(job_id, chosen, logprob, top))
+        is_last = row.num_written == sampling.max_tokens
+        return [*events, length] if is_last else events, not is_last
+
+    # --- leaving --------------------------------------------------------------------------------------------
+
+    def _leave(self, row: _Row) -> None:
+        """Free a running row; the last one takes its place."""
+        place = self._rows.index(row)
+        self._rows[place] = self._rows[-1]
+        self._rows.pop()
+        self._frame.leave(place, max((other.length for other in self._rows), default=0))
+        self._residency.give_back(row.taken)
+
+    def _forget_rows(self) -> None:
+        for row in self._rows:
+            self._residency.give_back(row.taken)
+        self._rows, self._frame = [], Frame()
+        self._attached.release()
+
+
+def _num_slots(row: _Row) -> int:
+    return 0 if row.carried is None else row.carried.num_slots
+
+
+def _scored(row: _Row, logits_TV: Tensor) -> PromptScored:
+    """Of the prompt's own tokens, soft ones behind them left out."""
+    prompt = row.job.prompt
+    logprobs, top = scores_of_prompt(logits_TV[: len(prompt)], prompt, row.job.sampling.logprobs or 0)
+    return PromptScored(row.job.id, logprobs, top)
+
+
+def _failed(row: _Row, error: Exception) -> Failed:
+    if not isinstance(error, AntefixError):
+        _log.error("a job failed", exc_info=error)
+    return Failed(row.job.id, _message(error), _kind(error))
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, AntefixError):
+        return str(error)
+    return f"the engine failed ({type(error).__name__}: {one_line(error)}); its log says more"
+
+
+def _kind(error: Exception) -> Kind:
+    if isinstance(error, ServingError):
+        return error.kind
+    return "broken_prefix" if isinstance(error, AntefixError) else "internal"
+
+
+def _stop_ids(base: Base) -> frozenset[int]:
+    """What ends a text of the base."""
+    return frozenset(_ids_in(base.tokenizer.eos_token_id)) | frozenset(
+        _ids_in(getattr(base.model.generation_config, "eos_token_id", None))
+    )
+
+
+def _ids_in(value: Any) -> Iterator[int]:
+    if value is not None:
+        yield from ([value] if isinstance(value, int) else value)
