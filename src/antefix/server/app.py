@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -41,6 +41,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
 }
 
 
@@ -60,7 +61,8 @@ def make_app(serving: Serving) -> FastAPI:
     app.exception_handler(Exception)(_failed)
     app.exception_handler(RequestValidationError)(_not_valid)
     app.exception_handler(HTTPException)(_http)
-    app.mount("/", _Page(directory=PAGE, html=True), name="page")
+    app.get("/", include_in_schema=False)(page)
+    app.mount("/page", _Page(directory=PAGE), name="page")
     app.add_middleware(BodyLimit, max_bytes=serving.rules.max_body_bytes)
     app.add_middleware(Logged, meters=serving.meters)
     _without_422(app)
@@ -98,11 +100,15 @@ async def metrics(request: Request, caller: Annotated[Caller, Depends(manager_of
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+async def page() -> Response:
+    """The page; what it needs stands below `/page`."""
+    return FileResponse(PAGE / "index.html", headers=_HEADERS)
+
+
 class _Page(StaticFiles):
     async def get_response(self, path: str, scope: Any) -> Response:
         response = await super().get_response(path, scope)
         response.headers.update(_HEADERS)
-        response.headers["Cache-Control"] = "no-cache"
         return response
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _LONGEST_WAIT_S = 30
+_DROPPED = 8
+"""So many times the limit is read of a request that is too long."""
 
 
 class Admission:
@@ -51,7 +53,7 @@ class Admission:
 
 
 class BodyLimit:
-    """Refuses requests of more bytes than this with 413, without reading on."""
+    """Refuses requests of more bytes than this with 413; never keeps more of one."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -64,7 +66,7 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_bytes:
-            await self._refuse(send)
+            await self._refuse(receive, send)
             return
         read = 0
         started = False
@@ -86,12 +88,23 @@ class BodyLimit:
             await self._app(scope, counted, noted)
         except _TooLong:
             if not started:
-                await self._refuse(send)
+                await self._refuse(receive, send)
 
-    async def _refuse(self, send: Send) -> None:
+    async def _refuse(self, receive: Receive, send: Send) -> None:
+        # Who is cut off while sending does not hear why, so the rest is read and dropped, within reason.
+        left = _DROPPED * self._max_bytes
+        while left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                break
         refusal = Refusal(413, f"the request has more than {self._max_bytes:,} bytes", code="request_too_large")
         body = json.dumps(refusal.content()).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
