@@ -76,8 +76,8 @@ ServingKind = Literal[
 ]  # fmt: skip
 """What went wrong in a server.
 
-`not_found`: no prefix of this name. `broken_prefix`: its files cannot be used, or belong to another base. `unsupported`:
-it cannot be served, or not together with what else was asked for. `too_long`: the prompt and what is to be written do
+`not_found`: no prefix of this name. `broken_prefix`: its files cannot be used, or are for another base. `unsupported`:
+it cannot be served, or not with what else was asked for. `too_long`: the prompt and what is to be written do
 not fit into the context. `overloaded`: no room now, later perhaps. `unavailable`: the worker died, is being started, or
 stops. `internal`: our fault.
 """

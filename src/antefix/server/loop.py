@@ -112,6 +112,11 @@ class Loop:
         self._forget_rows()
         return events
 
+    def close(self) -> None:
+        """Forget every job, without a word, and leave the base as it was: nothing is attached."""
+        self._waiting.clear()
+        self._forget_rows()
+
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Read the prompts of who joins, write one token a row. What happened, in order."""
