@@ -181,7 +181,9 @@ def test_it_fits_and_can_be_read(open_page: Any, scheme: str, name: str, width: 
     page.locator(".value").first.fill("Fern Hill")
     page.get_by_role("button", name="Write").click()
     written(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is cut off, nothing scrolls sideways"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, (
+        "nothing is cut off, nothing scrolls sideways"
+    )
     for selector in ("body", ".list small", "#write", "dt", ".figures"):
         assert contrast(page, selector) >= 4.5, selector
     picture(page, f"page-{name}-{scheme}")

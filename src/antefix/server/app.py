@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,8 +137,8 @@ async def _http(request: Request, error: Exception) -> Response:
 async def _not_valid(request: Request, error: Exception) -> Response:
     """FastAPI says 422, clients of this interface expect 400."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query")]
+    first = _telling(error.errors())
+    place = _place(first)
     param = first.get("ctx", {}).get("param") or (place[0] if place else None)
     message = first["msg"]
     if first["type"] == "json_invalid":
@@ -149,6 +149,18 @@ async def _not_valid(request: Request, error: Exception) -> Response:
         message = f"'{'.'.join(place[:6])}': {message}"
     request.state.told["failed"] = one_line(message)
     return _said(Refusal(400, one_line(message, 400), param=param))
+
+
+def _telling(errors: Sequence[Any]) -> Any:
+    """Of a field that may be of several kinds there is an error for each: the one of the kind that was meant."""
+    of_field = [one for one in errors if _place(one)[:1] == _place(errors[0])[:1]]
+    return next((one for one in of_field if not one["type"].endswith("_type")), of_field[0])
+
+
+def _place(error: Any) -> list[str]:
+    """Where in the request, without the names of the kinds that were tried."""
+    parts = [str(part) for part in error["loc"] if part not in ("body", "query", "str", "int")]
+    return [part for part in parts if part.isidentifier() or part.isdigit()]
 
 
 def _without_422(app: FastAPI) -> None:
