@@ -9,13 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from conftest import tiny_model
 from pydantic import TypeAdapter
 from test_prefix_file import tiny_prefix
-
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("fastapi")
 
 from scripted_engine import ScriptedEngine, ids_of, serving_over, writes
 
