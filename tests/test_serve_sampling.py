@@ -55,7 +55,7 @@ NEIGHBOURS = [
 @pytest.mark.parametrize("name", [BARE, "menus", "words"])
 def test_a_seed_draws_the_same_whoever_the_neighbours_are(base: Base, bank: Bank, name: str) -> None:
     def drawn(seed: int, beside: Sequence[Job] = ()) -> list[int]:
-        sampling = Sampling(max_tokens=12, temperature=1.3, top_p=0.9, seed=seed, ignore_eos=True)
+        sampling = Sampling(max_tokens=12, temperature=8.0, top_p=0.9, seed=seed, ignore_eos=True)
         return written(loop_over(base, bank), sampling, name, beside)
 
     assert drawn(1) == drawn(1) == drawn(1, NEIGHBOURS) != drawn(2)
@@ -85,16 +85,16 @@ class Penalties(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize(("frequency", "presence"), [(1.5, 0.0), (0.0, 2.0), (-1.0, 0.5)])
+@pytest.mark.parametrize(("frequency", "presence"), [(6.0, 0.0), (0.0, 6.0), (-4.0, 1.0)])
 @pytest.mark.parametrize("name", [BARE, "menus"])
 def test_penalties_are_those_of_generate(
     base: Base, bank: Bank, name: str, frequency: float, presence: float
 ) -> None:  # fmt: skip
-    sampling = greedy(15, frequency_penalty=frequency, presence_penalty=presence)
+    sampling = greedy(40, frequency_penalty=frequency, presence_penalty=presence)
     job = Job("job", PROMPT, () if name == BARE else (name,), sampling)
     expected, _ = alone(base, bank, job, logits_processor=[Penalties(len(PROMPT), frequency, presence)])
     assert written(loop_over(base, bank), sampling, name, NEIGHBOURS) == expected
-    assert expected != written(loop_over(base, bank), greedy(15), name)
+    assert expected != written(loop_over(base, bank), greedy(40), name)
 
 
 def test_logit_bias_is_that_of_generate(base: Base, bank: Bank) -> None:
@@ -109,11 +109,11 @@ def test_draws_follow_the_distribution_of_transformers_warpers() -> None:
     logits_V = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, 9.0])
     own_V = logits_V[:5]  # the last word is a neighbour's
     warped = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(0.7)(None, own_V[None]))[0]  # type: ignore[arg-type]
-    count = 4000
+    count = 2000
     sampler = Sampler(Sampling(max_tokens=count, temperature=0.7, top_p=0.8, seed=5), num_words=5)
     drawn = torch.tensor([sampler.next(logits_V)[0] for _ in range(count)])
     shares = torch.bincount(drawn, minlength=5) / count
-    torch.testing.assert_close(shares, torch.softmax(warped, 0), atol=0.03, rtol=0)
+    torch.testing.assert_close(shares, torch.softmax(warped, 0), atol=0.04, rtol=0)
     assert set(drawn.tolist()) == set(torch.isfinite(warped).nonzero()[:, 0].tolist())
 
 

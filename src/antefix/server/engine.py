@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from antefix.server.messages import Event, Job, Resident
@@ -14,7 +14,7 @@ __all__ = ["Engine", "EngineSettings", "State", "Status", "start_engine"]
 class Engine(Protocol):
     """Who writes the tokens. All methods are for one event loop."""
 
-    def stream(self, job: Job) -> AsyncIterator[Event]:
+    def stream(self, job: Job) -> AsyncGenerator[Event]:
         """The job's events; the last one is Finished or Failed.
 
         Closing the iterator, or cancelling the task that iterates, cancels the job and frees its row.

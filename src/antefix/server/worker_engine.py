@@ -14,7 +14,7 @@ import multiprocessing
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -87,7 +87,7 @@ class WorkerEngine:
             )
         self._keeper = asyncio.create_task(self._keep_alive())
 
-    async def stream(self, job: Job) -> AsyncIterator[Event]:
+    async def stream(self, job: Job) -> AsyncGenerator[Event]:
         """The job's events."""
         if job.id in self._streams:
             raise ValueError(f"a job '{job.id}' is open")
