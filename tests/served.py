@@ -1,4 +1,4 @@
-"""A server as users start it: `antefix serve` in a process of its own, over a tiny random model and several prefixes."""
+"""A server as users start it: `antefix serve` in a process of its own, over a tiny random model and a bank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP side over a scripted engine: shapes of replies and streams, refusals, keys, limits, what engines do rarely."""
+"""The HTTP side over a scripted engine: replies, streams, refusals, keys, limits, what engines do rarely."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import httpx
 import pytest
 from conftest import tiny_model
 from pydantic import TypeAdapter
-from test_prefix_file import tiny_prefix
-
 from scripted_engine import ScriptedEngine, ids_of, serving_over, writes
+from test_prefix_file import tiny_prefix
 
 from antefix.bank import Bank
 from antefix.errors import ServerError
@@ -228,6 +227,18 @@ def test_tables_in_the_text_format_of_a_prefix(bank: Bank, model: str, table: An
     reply = client.post("/v1/tables", {"model": model, "table": table})
     assert reply.json()["choices"][0]["text"] == "ab"
     assert engine.jobs[0].prompt == tuple(ids_of(read))
+
+
+def test_the_spaces_of_a_text_format_are_no_part_of_a_text(bank: Bank) -> None:
+    client, _ = caller(bank, writes("  a b. "))
+    asked = {"model": "menus", "table": {"name": "A"}, "max_tokens": 20}
+    assert client.post("/v1/tables", asked).json()["choices"][0]["text"] == "a b."
+    found = events(client.post("/v1/tables", {**asked, "stream": True}))[:-1]
+    assert "".join(chunk["choices"][0]["text"] for chunk in found) == "a b."
+    chat = {"model": "menus", "messages": [{"role": "user", "content": "name: A"}], "max_tokens": 20, "logprobs": True}
+    (choice,) = client.post("/v1/chat/completions", chat).json()["choices"]
+    assert choice["message"]["content"] == "a b."
+    assert "".join(one["token"] for one in choice["logprobs"]["content"]) == "  a b. ", "tokens are all scored"
 
 
 def test_a_card_decides_unless_the_request_does(bank: Bank) -> None:

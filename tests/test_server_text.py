@@ -7,7 +7,7 @@ from conftest import tiny_tokenizer, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antefix.server.text import StopStrings, TextStream
+from antefix.server.text import StopStrings, Stripped, TextStream
 
 TOKENIZER = tiny_tokenizer()
 """A byte a token, so that every character beyond ASCII is spread over tokens."""
@@ -78,6 +78,12 @@ def stopped(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
     shown = "".join(map(stream.push, pieces))
     assert (shown + stream.flush(), stream.found) == one_by_one
     return one_by_one
+
+
+@given(st.lists(st.text(st.sampled_from("ab \n"), max_size=4), max_size=8))
+def test_spaces_around_a_text_are_left_out_however_it_is_cut(pieces: list[str]) -> None:
+    stripped = Stripped()
+    assert "".join(map(stripped.push, pieces)) == "".join(pieces).strip()
 
 
 @pytest.mark.parametrize(

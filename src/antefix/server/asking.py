@@ -56,6 +56,8 @@ class Wanted:
     """None: what the card says, else as much as fits, up to the server's own limit."""
     logprobs: int | None = None
     echo: bool = False
+    strip: bool = False
+    """Without the spaces around the text, as `antefix.generate` gives it: they are the text format's."""
 
 
 def asking(
@@ -90,7 +92,11 @@ def asking(
                 ignore_eos=asked.ignore_eos or (wanted.echo and wanted.logprobs is not None and wanted.max_tokens == 1),
             )
             job = Job(f"{request_id}-{index}", prompt, chosen.prefixes, sampling)
-            choices.append(Choice(index, job, serving.tokens, stops=asked.stops, echo=wanted.echo, num_slots=slots))
+            choices.append(
+                Choice(
+                    index, job, serving.tokens, stops=asked.stops, echo=wanted.echo, strip=wanted.strip, num_slots=slots
+                )
+            )
     return Asking(chosen, tuple(choices), sum(map(len, prompts)), _not_applied(decoding))
 
 

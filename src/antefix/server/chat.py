@@ -23,6 +23,7 @@ from antefix.server.wire import ChatRequest
 from antefix.server.writing import Piece
 
 if TYPE_CHECKING:
+    from antefix.data.linearise import TextFormat
     from antefix.server.models import Chosen
     from antefix.server.serving import Serving
     from antefix.server.tokens import Tokens
@@ -35,22 +36,25 @@ async def chat(asked: ChatRequest, request: Request, caller: Annotated[Caller, D
     """Write the next turn of a conversation."""
     serving = serving_of(request)
     chosen = serving.choose(asked, caller)
-    prompt = await _prompt(asked, serving, chosen)
+    text_format = format_of(serving, chosen)
+    prompt = await _prompt(asked, serving, chosen, text_format)
     max_tokens = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-    wanted = Wanted(max_tokens=max_tokens, logprobs=(asked.top_logprobs or 0) if asked.logprobs else None)
+    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    wanted = Wanted(max_tokens=max_tokens, logprobs=logprobs, strip=text_format is not None)
     made = asking(serving, asked, chosen, [prompt], wanted)
     shape = ChatShape(made, asked.model, serving.tokens, scores=asked.logprobs)
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
     return await answer(request, made, shape, stream=asked.stream, with_usage=with_usage)
 
 
-async def _prompt(asked: ChatRequest, serving: Serving, chosen: Chosen) -> tuple[int, ...]:
+async def _prompt(
+    asked: ChatRequest, serving: Serving, chosen: Chosen, text_format: TextFormat | None
+) -> tuple[int, ...]:
     """A prefix reads what it was trained to read; without one, or without a format of its own, the template's text.
 
     A prefix that was trained on conversations puts its instruction before them. One that was trained on tables or
     plain sources is given the one message of the user as such. Raises Refusal for any other conversation.
     """
-    text_format = format_of(serving, chosen)
     messages = asked.messages
     if text_format is None:
         turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]

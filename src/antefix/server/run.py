@@ -40,7 +40,7 @@ class Place:
 def serve(place: Place, engine: EngineSettings, rules: Rules, on_ready: Callable[[str, int], None]) -> None:
     """Serve until SIGINT or SIGTERM. on_ready: told the address and the number of prefixes.
 
-    Raises ServerError (port, keys), BankError, BaseModelError, and ServingError for an engine that cannot start or dies.
+    Raises ServerError (port, keys), BankError, BaseModelError; ServingError for an engine that cannot start, or dies.
     """
     keys = None if place.keys_file is None else Keys.read(place.keys_file)
     bank = Bank(engine.bank)

@@ -88,6 +88,22 @@ class StopStrings:
         return held
 
 
+class Stripped:
+    """A text without the spaces around it, which belong to a text format and not to the text."""
+
+    def __init__(self) -> None:
+        self._held: str | None = None
+
+    def push(self, text: str) -> str:
+        """What is inside for certain; spaces wait for what comes after them."""
+        found = text.lstrip() if self._held is None else self._held + text
+        if not found:
+            return ""
+        inside = found.rstrip()
+        self._held = found[len(inside) :]
+        return inside
+
+
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of a text are a beginning of the stop string, but not all of it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):

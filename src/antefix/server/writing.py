@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from antefix.server.messages import Failed, Finished, Job, PromptScored, Token, Top
 from antefix.server.refusal import Refusal
-from antefix.server.text import StopStrings, TextStream
+from antefix.server.text import StopStrings, Stripped, TextStream
 
 if TYPE_CHECKING:
     from antefix.server.engine import Engine
@@ -65,11 +65,12 @@ class Piece:
 class Choice:
     """One job and the text that it becomes. After its pieces: how many tokens were written, with how many slots.
 
-    num_slots: what the cards say, for a text that a stop string ends, whose engine is not heard to its end.
+    strip: without the spaces around the text. num_slots: what the cards say, for a text that a stop string ends, whose
+    engine is not heard to its end.
     """
 
     def __init__(
-        self, index: int, job: Job, tokens: Tokens, *, stops: Sequence[str], echo: bool, num_slots: int
+        self, index: int, job: Job, tokens: Tokens, *, stops: Sequence[str], echo: bool, strip: bool, num_slots: int
     ) -> None:
         self.index = index
         self.job = job
@@ -79,6 +80,7 @@ class Choice:
         self._echo = echo
         self._text = TextStream(tokens.decode, () if echo else job.prompt)
         self._stops = StopStrings(stops)
+        self._strip = Stripped().push if strip else str
         self._waiting: list[Scored] = []
         self._shown = 0
 
@@ -89,7 +91,7 @@ class Choice:
         """
         if self._echo and not self.job.sampling.prompt_logprobs:
             yield self._prompt(None)
-        async with aclosing(engine.stream(self.job)) as events:  # type: ignore[type-var]
+        async with aclosing(engine.stream(self.job)) as events:
             async for event in events:
                 if isinstance(event, PromptScored):
                     yield self._prompt(event)
@@ -135,7 +137,7 @@ class Choice:
         last = self._shown if reason is None or self._stops.found else self._shown + 1
         scored = tuple(one for one in self._waiting if one.offset < last)
         self._waiting = self._waiting[len(scored) :]
-        return Piece(self.index, text, scored, reason)
+        return Piece(self.index, self._strip(text), scored, reason)
 
 
 async def together(choices: Sequence[Choice], engine: Engine) -> AsyncGenerator[Piece]:
