@@ -114,8 +114,8 @@ class Models:
                 if changed != self._seen[0] or time.monotonic() - self._seen[1] > _LOOK_AGAIN_S:
                     found = await asyncio.to_thread(self.bank.entries)
                     self._entries = {entry.name: entry for entry in found if entry.problem is None}
-                    # The list itself writes an index into the folder.
-                    self._seen = (os.stat(self.bank.folder).st_mtime_ns, time.monotonic())
+                    # As it was before: what came in between is seen next time (and so is the index that was written).
+                    self._seen = (changed, time.monotonic())
             except (BankError, OSError) as error:
                 raise Refusal(503, f"the bank cannot be read: {one_line(error)}", retry_after=5) from error
             return self._entries

@@ -68,7 +68,7 @@ def serving_of(request: Request) -> Serving:
     return found
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:
     """Who sends a request. Raises Refusal (401)."""
     keys = serving_of(request).keys
     if keys is None:
@@ -78,9 +78,9 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-def manager_of(request: Request) -> Caller:
+async def manager_of(request: Request) -> Caller:
     """Who sends a request that only a key with `manage = true` may send. Raises Refusal (401, 403)."""
-    caller = caller_of(request)
+    caller = await caller_of(request)
     if not caller.may_manage:
         raise Refusal(403, f"the API key '{caller.name}' may not do this: it needs manage = true", code="not_allowed")
     return caller
