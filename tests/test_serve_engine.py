@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import time
@@ -19,14 +20,15 @@ from serving import add_prefix, alone, assert_same_text, greedy, kept, some_prom
 from antefix.bank import Bank
 from antefix.base import Base
 from antefix.errors import ServingError
+from antefix.server import worker
 from antefix.server.engine import Engine, EngineSettings, start_engine
-from antefix.server.messages import Event, Failed, Finished, Job, Token
+from antefix.server.messages import Event, Failed, Finished, Job, Ready, Token
 from antefix.server.worker_engine import WorkerEngine
 
 T = TypeVar("T")
 Run = Callable[[Callable[[], Awaitable[Any]]], Any]
 """Runs a test's body; one that hangs is cut off."""
-PATIENCE_S = 90
+PATIENCE_S = 300
 """Longer than anything here takes on a busy machine; what takes longer hangs."""
 FOREVER = greedy(400, ignore_eos=True)
 
@@ -164,7 +166,7 @@ def test_a_worker_that_is_killed_fails_its_streams_and_is_restarted(folder: Path
             os.kill(pid, signal.SIGKILL)
             killed_at = time.monotonic()
             last = (await task)[-1]
-            assert time.monotonic() - killed_at < 2.0
+            assert time.monotonic() - killed_at < 5.0
             assert isinstance(last, Failed)
             assert (last.kind, last.message) == (
                 "unavailable",
@@ -199,6 +201,22 @@ def test_too_many_deaths_in_a_row_are_the_end(folder: Path, run: Run) -> None:
             assert (refused.kind, refused.message) == ("unavailable", "the engine has stopped")
 
     run(body)
+
+
+def test_a_worker_whose_parent_is_gone_ends_in_the_middle_of_its_work(folder: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    settings = EngineSettings(base=str(folder / "base"), bank=folder / "bank", num_threads=1)
+    process = context.Process(target=worker.run, args=(there, settings))
+    process.start()
+    there.close()
+    assert Ready() in here.recv()
+    here.send(Job("job", (5,), ("menus",), FOREVER))
+    while not any(isinstance(report, Token) for report in here.recv()):
+        pass
+    here.close()  # as the system does when a process dies
+    process.join(PATIENCE_S)
+    assert process.exitcode == 0
 
 
 def test_stop_lets_open_jobs_end(folder: Path, run: Run) -> None:

@@ -27,7 +27,7 @@ from antefix.base import Base
 from antefix.errors import ServingError
 from antefix.methods import method_class
 from antefix.prefix import Prefix
-from antefix.server.messages import Event, Failed, Finished, Job, Sampling
+from antefix.server.messages import Event, Failed, Finished, Job, PromptScored, Sampling
 
 SERVED = [
     m for m in METHOD_CONFIGS
@@ -138,7 +138,47 @@ def test_prompts_are_read_under_a_budget(base: Base, bank: Bank) -> None:
     while loop.num_waiting:
         loop.step()
         running.append(loop.num_running)
-    assert running == [2, 3, 4, 5]  # 9 and 10 together are two rows of 10; the long one is read alone
+    assert running == [2, 3, 4, 4, 4, 5]  # 9 and 10 together are two rows of 10; the long one takes three steps
+    loop.close()
+
+
+@pytest.mark.parametrize("name", ["p1", "infix", "shifted"])
+def test_a_long_prompt_is_read_in_pieces_while_others_write(base: Base, bank: Bank, name: str) -> None:
+    loop = loop_over(base, bank, prompt_tokens=20)
+    jobs = [
+        Job("short", some_prompt(9, 1), ("p2",), greedy(30, ignore_eos=True)),
+        Job("long", some_prompt(90, 2), (name,), greedy(8, ignore_eos=True, prompt_logprobs=True, logprobs=1)),
+        Job("later", some_prompt(70, 3), (), greedy(8, ignore_eos=True)),
+    ]
+    loop.add(jobs[0])
+    events = loop.step()
+    for job in jobs[1:]:
+        loop.add(job)
+    for step in range(4):
+        written = loop.step()
+        assert [event.job for event in written] == ["short"], step
+        events += written
+    events += run_all(loop)
+    loop.close()
+    for job in jobs:
+        assert_same_text(tokens_of(events, job.id), *alone(base, bank, job))
+    whole = loop_over(base, bank, prompt_tokens=200)
+    whole.add(jobs[1])
+    (in_one,) = [event for event in run_all(whole) if isinstance(event, PromptScored)]
+    whole.close()
+    (in_pieces,) = [event for event in events if isinstance(event, PromptScored)]
+    assert in_pieces.logprobs[1:] == pytest.approx(in_one.logprobs[1:], abs=1e-4)
+    assert len(in_pieces.logprobs) == len(in_pieces.top) == 90
+    assert in_pieces.top[0] == in_one.top[0] == ()
+
+
+def test_a_prompt_that_is_being_read_can_be_cancelled(base: Base, bank: Bank) -> None:
+    loop = loop_over(base, bank, prompt_tokens=20)
+    loop.add(Job("long", some_prompt(90, 2), ("p1",), greedy(8)))
+    assert loop.step() == []
+    assert loop.num_running == 1
+    assert loop.cancel("long") == [Finished("long", "cancelled", 5)]
+    assert loop.is_idle
     loop.close()
 
 

@@ -88,8 +88,10 @@ class Attachment:
         self._places: dict[Kind, Places] = {}
         self.passes = Passes()
         self._live: list[Made] | None = None
-        for module in modules:
-            module.to(model.device)
+        device = model.device
+        for module in modules:  # moving one that is there already takes longer than asking
+            if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+                module.to(device)
         with torch.no_grad():
             made = self._make()
         for site in sites.attention:

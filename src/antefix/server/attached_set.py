@@ -1,7 +1,7 @@
 """The prefixes that are attached to the base while a batch runs.
 
 Attaching takes longer than a token, so it is done anew only when a prefix joins that is not attached. What is attached
-beside the prefixes at work are those that were lately: they may come back, and cost nothing meanwhile.
+beside the prefixes at work are those that were lately: they may come back, and cost next to nothing meanwhile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from antefix.attachment import Attachment
 from antefix.server.carried import Carried
 from antefix.site_stack import RowMemory
 
-_MOST_IDLE = 32
+_MOST_IDLE = 8
 
 
 class AttachedSet:

@@ -22,9 +22,9 @@ from antefix.errors import AntefixError, ServingError, one_line
 from antefix.server.attached_set import AttachedSet
 from antefix.server.carried import Carried
 from antefix.server.frame import Frame, left_padded, mask_of
-from antefix.server.messages import Event, Failed, Finished, Job, Kind, PromptScored, Token
+from antefix.server.messages import Event, Failed, Finished, Job, Kind, PromptScored, Token, Top
 from antefix.server.residency import Residency
-from antefix.server.sampling import Sampler, scores_of_prompt
+from antefix.server.sampling import Sampler, scores_of
 from antefix.site_stack import RowMemory
 from antefix.sites import find_sites
 
@@ -50,6 +50,17 @@ class _Row:
     memory: RowMemory = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class _Reading:
+    """A long prompt that is read piece by piece."""
+
+    row: _Row
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    num_read: int = 0
+    logprobs: list[float | None] = field(default_factory=lambda: [None])
+    top: list[Top] = field(default_factory=lambda: [()])
+
+
 class Loop:
     """A base, its running batch and those that wait. Not for several threads."""
 
@@ -65,6 +76,7 @@ class Loop:
         self._attached = AttachedSet(base.model)
         self._frame = Frame()
         self._rows: list[_Row] = []
+        self._reading: _Reading | None = None
         self._waiting: deque[Job] = deque()
         self._stop_ids = _stop_ids(base)
         self._num_words = int(base.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
@@ -76,13 +88,13 @@ class Loop:
 
     @property
     def num_running(self) -> int:
-        """Rows at work."""
-        return len(self._rows)
+        """Rows at work, one whose prompt is being read included."""
+        return len(self._rows) + (self._reading is not None)
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._rows and not self._waiting
+        return not self.num_running and not self._waiting
 
     @property
     def num_attached(self) -> int:
@@ -99,7 +111,7 @@ class Loop:
             if job.id == job_id:
                 self._waiting.remove(job)
                 return [Finished(job_id, "cancelled")]
-        for row in self._rows:
+        for row in self._every_row():
             if row.job.id == job_id:
                 self._leave(row)
                 return [Finished(job_id, "cancelled", _num_slots(row))]
@@ -107,7 +119,9 @@ class Loop:
 
     def fail_all(self, message: str, kind: Kind) -> list[Event]:
         """End every job."""
-        events: list[Event] = [Failed(job.id, message, kind) for job in (*self._waiting, *(r.job for r in self._rows))]
+        events: list[Event] = [
+            Failed(job.id, message, kind) for job in (*self._waiting, *(r.job for r in self._every_row()))
+        ]
         self._waiting.clear()
         self._forget_rows()
         return events
@@ -121,9 +135,14 @@ class Loop:
     def step(self) -> list[Event]:
         """Read the prompts of who joins, write one token a row. What happened, in order."""
         events: list[Event] = []
-        joining = self._joining(events)
-        if joining:
-            events += self._read(joining)
+        if self._reading is not None:
+            events += self._read_on(self._reading)
+        elif joining := self._joining(events):
+            if self._is_read_in_pieces(joining[0]):
+                self._reading = _Reading(joining[0])
+                events += self._read_on(self._reading)
+            else:
+                events += self._read(joining)
         if self._rows:
             events += self._write()
         return events
@@ -188,11 +207,21 @@ class Loop:
                 return [event for row in joining for event in self._read([row])]
             self._residency.give_back(joining[0].taken)
             return [_failed(joining[0], error)]
+        scored: list[Event] = []
+        for place, row in enumerate(joining):
+            if row.job.sampling.prompt_logprobs:
+                of_prompt = logits[place, -len(row.ids) :][: len(row.job.prompt)]  # soft tokens behind it left out
+                logprobs, top = scores_of(of_prompt, row.job.prompt[1:], row.job.sampling.logprobs or 0)
+                scored.append(PromptScored(row.job.id, (None, *logprobs), ((), *top)))
+        return [*scored, *self._begin(joining, logits[:, -1:], cache)]
+
+    def _begin(self, joining: Sequence[_Row], logits: Tensor, cache: DynamicCache) -> list[Event]:
+        """Write the first token of rows whose prompts were read, and let them join. logits: (B, 1, V)."""
         events: list[Event] = []
         staying = []
         for place, row in enumerate(joining):
             row.length, row.memory = len(row.ids), self._attached.memory_of(place, row.carried)
-            written, goes_on = self._one_more(row, logits[place])
+            written, goes_on = self._one_more(row, logits[place, 0])
             events += written
             if goes_on:
                 staying.append(place)
@@ -203,10 +232,46 @@ class Loop:
             self._rows += [joining[place] for place in staying]
         return events
 
-    def _prompt_logits(self, joining: list[_Row]) -> tuple[Tensor, DynamicCache]:
-        """At the prompts' last places, or at all of them where one wants its prompt scored: (B, 1 or T, V)."""
+    def _is_read_in_pieces(self, row: _Row) -> bool:
+        """Whether its prompt is longer than others shall wait for. What learns of a whole prompt reads it whole."""
+        if len(row.ids) <= self._prompt_tokens:
+            return False
+        return row.carried is None or not (row.carried.module.branches() or row.carried.module.num_inserted_tokens)
+
+    def _read_on(self, reading: _Reading) -> list[Event]:
+        """One more piece of a long prompt; behind the last one its row joins."""
+        row, begin, device = reading.row, reading.num_read, self._base.model.device
+        end = min(begin + self._prompt_tokens, len(row.ids))
+        try:
+            self._include([row])
+            self._attached.place([row.carried], len(row.ids))
+            wants_scores = row.job.sampling.prompt_logprobs
+            logits = self._forward(
+                torch.tensor([row.ids[begin:end]], device=device), mask_of([end], end, device),
+                torch.arange(begin, end, device=device)[None], reading.cache, logits_to_keep=0 if wants_scores else 1,
+            )  # fmt: skip
+            if wants_scores:
+                scores = scores_of(logits[0], row.job.prompt[begin + 1 : end + 1], row.job.sampling.logprobs or 0)
+                reading.logprobs += scores[0]
+                reading.top += scores[1]
+        except Exception as error:
+            self._leave(row)
+            return [_failed(row, error)]
+        reading.num_read = end
+        if end < len(row.ids):
+            return []
+        self._reading = None
+        scored = PromptScored(row.job.id, tuple(reading.logprobs), tuple(reading.top))
+        return [*([scored] if wants_scores else []), *self._begin([row], logits[:, -1:], reading.cache)]
+
+    def _include(self, joining: Sequence[_Row]) -> None:
+        """Have attached what these rows carry, beside what is at work."""
         at_work = [row.carried for row in self._rows if row.carried is not None]
         self._attached.include([row.carried for row in joining if row.carried is not None], at_work)
+
+    def _prompt_logits(self, joining: list[_Row]) -> tuple[Tensor, DynamicCache]:
+        """At the prompts' last places, or at all of them where one wants its prompt scored: (B, 1 or T, V)."""
+        self._include(joining)
         ids, mask, positions = left_padded(
             [row.ids for row in joining], self._base.tokenizer.pad_token_id, self._base.model.device
         )
@@ -222,19 +287,19 @@ class Loop:
         try:
             logits = self._next_logits()
         except Exception as error:
-            failed: list[Event] = [_failed(row, error) for row in self._rows]
+            failed: list[Event] = [_failed(row, error) for row in self._every_row()]
             self._forget_rows()
             return failed
         events: list[Event] = []
-        for row, logits_TV in zip(list(self._rows), logits, strict=True):
-            written, goes_on = self._one_more(row, logits_TV)
+        for row, logits_V in zip(list(self._rows), logits, strict=True):
+            written, goes_on = self._one_more(row, logits_V)
             events += written
             if not goes_on:
                 self._leave(row)
         return events
 
     def _next_logits(self) -> Tensor:
-        """Of every row: (B, 1, V)."""
+        """Of every row: (B, V)."""
         rows, frame, device = self._rows, self._frame, self._base.model.device
         frame.begin_step()
         width = frame.width
@@ -248,7 +313,7 @@ class Loop:
         frame.end_step()
         for row in rows:
             row.length += 1
-        return logits
+        return logits[:, -1]
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, logits_to_keep: int) -> Tensor:
         out = self._base.model(
@@ -257,53 +322,49 @@ class Loop:
         )  # fmt: skip
         return out.logits.float().cpu()  # type: ignore[no-any-return]
 
-    def _one_more(self, row: _Row, logits_TV: Tensor) -> tuple[list[Event], bool]:
-        """The row's next token, and whether it goes on. logits_TV: at its last place, or at all of its prompt."""
-        events: list[Event] = []
+    def _one_more(self, row: _Row, logits_V: Tensor) -> tuple[list[Event], bool]:
+        """The row's next token, and whether it goes on."""
         sampling, job_id = row.job.sampling, row.job.id
         length = Finished(job_id, "length", _num_slots(row))
+        if sampling.max_tokens == 0:
+            return [length], False
         try:
-            if sampling.prompt_logprobs and row.num_written == 0:
-                events.append(_scored(row, logits_TV[-row.length :]))
-            if sampling.max_tokens == 0:
-                return [*events, length], False
-            chosen, logprob, top = row.sampler.next(logits_TV[-1])
+            chosen, logprob, top = row.sampler.next(logits_V)
         except Exception as error:  # a prefix that makes nonsense of the logits
             return [_failed(row, error)], False
         if chosen in row.stop_ids and not sampling.ignore_eos:
-            return [*events, Finished(job_id, "stop", _num_slots(row))], False
+            return [Finished(job_id, "stop", _num_slots(row))], False
         row.last_id = chosen
         row.num_written += 1
-        events.append(Token(job_id, chosen, logprob, top))
+        token = Token(job_id, chosen, logprob, top)
         is_last = row.num_written == sampling.max_tokens
-        return [*events, length] if is_last else events, not is_last
+        return [token, length] if is_last else [token], not is_last
 
     # --- leaving --------------------------------------------------------------------------------------------
 
+    def _every_row(self) -> list[_Row]:
+        return [*self._rows, *([] if self._reading is None else [self._reading.row])]
+
     def _leave(self, row: _Row) -> None:
-        """Free a running row; the last one takes its place."""
+        """Free a row; the last running one takes its place."""
+        self._residency.give_back(row.taken)
+        if self._reading is not None and row is self._reading.row:
+            self._reading = None
+            return
         place = self._rows.index(row)
         self._rows[place] = self._rows[-1]
         self._rows.pop()
         self._frame.leave(place, max((other.length for other in self._rows), default=0))
-        self._residency.give_back(row.taken)
 
     def _forget_rows(self) -> None:
-        for row in self._rows:
+        for row in self._every_row():
             self._residency.give_back(row.taken)
-        self._rows, self._frame = [], Frame()
+        self._rows, self._reading, self._frame = [], None, Frame()
         self._attached.release()
 
 
 def _num_slots(row: _Row) -> int:
     return 0 if row.carried is None else row.carried.num_slots
-
-
-def _scored(row: _Row, logits_TV: Tensor) -> PromptScored:
-    """Of the prompt's own tokens, soft ones behind them left out."""
-    prompt = row.job.prompt
-    logprobs, top = scores_of_prompt(logits_TV[: len(prompt)], prompt, row.job.sampling.logprobs or 0)
-    return PromptScored(row.job.id, logprobs, top)
 
 
 def _failed(row: _Row, error: Exception) -> Failed:

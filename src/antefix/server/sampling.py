@@ -78,18 +78,16 @@ def likeliest(logprobs_V: Tensor, count: int) -> Top:
     return tuple((i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True) if v > -torch.inf)
 
 
-def scores_of_prompt(
-    logits_TV: Tensor, prompt: Sequence[int], num_top: int
-) -> tuple[tuple[float | None, ...], tuple[Top, ...]]:
-    """The log-probability of every token of a prompt after those before it, and the likeliest ones at its place.
+def scores_of(logits_TV: Tensor, followers: Sequence[int], num_top: int) -> tuple[list[float], list[Top]]:
+    """The log-probability of the token that follows each place, and the likeliest ones there.
 
-    logits_TV: at the prompt's places, float32. Nothing stands before the first token: None, and no likeliest ones.
+    logits_TV: float32, at as many places as there are followers, or one more: nothing follows the last one then.
     """
-    logprobs: list[float | None] = [None]
-    top: list[Top] = [()]
-    for begin in range(0, len(prompt) - 1, _AT_ONCE):
-        followers = prompt[begin + 1 : begin + 1 + _AT_ONCE]
-        of_places = torch.log_softmax(logits_TV[begin : begin + len(followers)], dim=1)
-        logprobs += of_places.gather(1, torch.tensor(followers)[:, None])[:, 0].tolist()
+    logprobs: list[float] = []
+    top: list[Top] = []
+    for begin in range(0, len(followers), _AT_ONCE):
+        here = followers[begin : begin + _AT_ONCE]
+        of_places = torch.log_softmax(logits_TV[begin : begin + len(here)], dim=1)
+        logprobs += of_places.gather(1, torch.tensor(here)[:, None])[:, 0].tolist()
         top += [likeliest(one, num_top) for one in of_places]
-    return tuple(logprobs), tuple(top)
+    return logprobs, top

@@ -27,7 +27,7 @@ class EngineSettings:
     """Jobs that wait for a row; more are refused as `overloaded`."""
     prompt_tokens: int = 512
     """Of joining jobs, padding included, that are read between two tokens of the running ones; a longer prompt is read
-    alone."""
+    alone, in pieces."""
     resident_bytes: int = 1 << 30
     """Memory for prefixes; what was used longest ago goes first."""
     num_threads: int | None = None

@@ -197,7 +197,11 @@ class WorkerEngine:
         _log.warning(
             "the engine's worker died: starting it again (%d of %d)", self._in_a_row, self._settings.max_restarts
         )
-        self._spawn()
+        try:
+            self._spawn()
+        except OSError as error:  # no memory for a process, say
+            _log.error("the engine's worker could not be started: %s", error)
+            return False
         await self._until_ready_or_gone()
         return self._ready.is_set()
 
@@ -221,9 +225,9 @@ class WorkerEngine:
                 wait.cancel()
 
     def _kill(self) -> None:
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
+        pipe, self._pipe = self._pipe, None
+        if pipe is not None:
+            pipe.close()
 
     def _hear(self, pipe: _Pipe, reports: list[Report] | None) -> None:
         """What a worker says; None: its pipe is closed."""
