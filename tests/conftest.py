@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -402,3 +402,15 @@ def own_home(
         monkeypatch.setenv("ANTEFIX_TESTS_NETWORK", "1")
         monkeypatch.delenv("HF_HUB_OFFLINE")
     return home
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Any]:
+    """One running server (`served.Served`) for all tests that do it no harm."""
+    pytest.importorskip("fastapi")
+    from served import make_files, serving
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_files(Path(folder))
+        with serving(Path(folder), "--max-queue", "64", "--grace", "3") as running:
+            yield running

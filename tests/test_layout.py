@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "antefix"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"benchmarks", "demo"},
+    {"benchmarks", "demo", "server"},
     {"doctor", "interop", "training", "merge", "link_prediction", "compose"},
     {"bank"},
     {"bulk"},

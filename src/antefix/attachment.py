@@ -88,8 +88,10 @@ class Attachment:
         self._places: dict[Kind, Places] = {}
         self.passes = Passes()
         self._live: list[Made] | None = None
-        for module in modules:
-            module.to(model.device)
+        device = model.device
+        for module in modules:  # moving one that is there already takes longer than asking
+            if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+                module.to(device)
         with torch.no_grad():
             made = self._make()
         for site in sites.attention:
@@ -301,6 +303,11 @@ class Attachment:
         """How many tokens a second text has at most; None: none is needed."""
         lengths = [m.condition_length for m in self._modules if m.condition_length is not None]
         return max(lengths) if lengths else None
+
+    @property
+    def at_sites(self) -> list[SiteStack]:
+        """What acts at attention sites, with what it keeps of every row's text."""
+        return [stack for stack in self._stacks if isinstance(stack, SiteStack)]
 
     @property
     def trainable(self) -> bool:

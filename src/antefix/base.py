@@ -69,9 +69,13 @@ class Base:
     @property
     def context_length(self) -> int | None:
         """The most tokens the model has positions for; None where its config does not say."""
-        config = self.model.config
-        length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        return None if length is None else int(length)
+        return context_length(self.model.config)
+
+
+def context_length(config: Any) -> int | None:
+    """The most tokens a model of this config has positions for; None where it does not say."""
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return None if length is None else int(length)
 
 
 def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None) -> Base:
@@ -83,18 +87,7 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
     name = str(name)
     if dtype not in get_args(Dtype):
         raise BaseModelError(f"unknown dtype '{dtype}': {nearest(dtype, get_args(Dtype))}")
-    source: dict[str, Any] = {"pretrained_model_name_or_path": name}
-    if name in embedded.WHEELS:
-        source["pretrained_model_name_or_path"] = str(embedded.folder(name))
-    elif name.endswith(".gguf"):
-        path = Path(name)
-        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    elif not Path(name).exists() and (near := get_close_matches(name, embedded.WHEELS, n=1, cutoff=0.8)):
-        raise BaseModelError(f"no base '{name}': did you mean '{near[0]}'?")
-    elif not Path(name).exists() and name.count("/") > 1:
-        raise BaseModelError(f"no folder or file '{name}': give a folder, a .gguf file, a hub id or '{embedded.NAME}'")
-    if revision is not None:
-        source["revision"] = revision
+    source = _source(name, revision)
     try:
         config = AutoConfig.from_pretrained(**source)
         on_disk = Path(source["pretrained_model_name_or_path"]).is_dir()
@@ -109,12 +102,40 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
     model.requires_grad_(False)
     if dtype == "int8":
         quantise(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model = _moved(model, device).eval()
     if model.device.type == "cpu" and onednn_pays():
         by_onednn(model)
     return Base(model, tokenizer, name, revision)
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[PreTrainedTokenizerBase, Any]:
+    """A base's tokenizer and its config, without the weights: for who speaks to a process that has these.
+
+    Raises BaseModelError when nothing of that name can be loaded.
+    """
+    source = _source(str(name), revision)
+    try:
+        config = AutoConfig.from_pretrained(**source)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"cannot load the base '{name}': {one_line(error)}") from error
+    return _tokenizer(source, str(name)), config
+
+
+def _source(name: str, revision: str | None) -> dict[str, Any]:
+    """Where transformers finds a base of this name. Raises BaseModelError for what is none at first sight."""
+    source: dict[str, Any] = {"pretrained_model_name_or_path": name}
+    if name in embedded.WHEELS:
+        source["pretrained_model_name_or_path"] = str(embedded.folder(name))
+    elif name.endswith(".gguf"):
+        path = Path(name)
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    elif not Path(name).exists() and (near := get_close_matches(name, embedded.WHEELS, n=1, cutoff=0.8)):
+        raise BaseModelError(f"no base '{name}': did you mean '{near[0]}'?")
+    elif not Path(name).exists() and name.count("/") > 1:
+        raise BaseModelError(f"no folder or file '{name}': give a folder, a .gguf file, a hub id or '{embedded.NAME}'")
+    if revision is not None:
+        source["revision"] = revision
+    return source
 
 
 def _computed_in(dtype: Dtype, device: str) -> Any:
@@ -151,12 +172,15 @@ def _moved(model: Any, device: str) -> Any:
 
 def _tokenizer(source: dict[str, Any], name: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(
             f"the base '{name}' has no tokenizer that can be loaded: put the files of its tokenizer beside its weights "
             "(tokenizer.save_pretrained)"
         ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _auto_class(config: Any) -> Any:

@@ -11,6 +11,8 @@ AntefixError
 ├── TrainingError         a run cannot start, resume or go on
 │   └── OtherProcessError another of a run's processes failed, and says why
 ├── GenerationError       texts cannot be generated as asked
+├── ServingError          a server's engine cannot do what was asked, or cannot start
+├── ServerError           a server cannot be started as asked (its keys, its port, a missing extra)
 ├── MetricError           a score cannot be computed (a missing program, unequal counts)
 └── BenchmarkError        something cannot be measured here, or two arms do not compute the same
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
 
 
 class AntefixError(Exception):
@@ -66,6 +69,33 @@ class OtherProcessError(TrainingError):
 
 class GenerationError(AntefixError):
     """Texts cannot be generated as asked."""
+
+
+ServingKind = Literal[
+    "not_found", "broken_prefix", "unsupported", "too_long", "overloaded", "unavailable", "internal"
+]  # fmt: skip
+"""What went wrong in a server.
+
+`not_found`: no prefix of this name. `broken_prefix`: its files cannot be used, or are for another base. `unsupported`:
+it cannot be served, or not with what else was asked for. `too_long`: the prompt and what is to be written do
+not fit into the context. `overloaded`: no room now, later perhaps. `unavailable`: the worker died, is being started, or
+stops. `internal`: our fault.
+"""
+
+
+class ServingError(AntefixError):
+    """A server's engine cannot do what was asked, or cannot start."""
+
+    def __init__(self, message: str, kind: ServingKind) -> None:
+        super().__init__(message, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ServerError(AntefixError):
+    """A server cannot be started as asked."""
 
 
 class MetricError(AntefixError):

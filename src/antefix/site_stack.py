@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +21,9 @@ from antefix.encoder_rows import BARE, RowsAtWork
 from antefix.errors import PrefixError
 from antefix.sites import Site
 from antefix.stacking import stacked
+
+RowMemory = Mapping[tuple[str, int, str], Tensor]
+"""What branches keep of the beginning of one row's text: by site, place among the prefix's branches there, and name."""
 
 
 class SiteStack:
@@ -126,6 +130,28 @@ class SiteStack:
         if residual_BTC is not None and self._site.output_projection is None:
             raise PrefixError(f"{self._site.name} of this base has no output projection that could be found")
         self._residual = residual_BTC
+
+    def memory_of_row(self, row: int, index: int) -> dict[tuple[str, int, str], Tensor]:
+        """What the branches of this prefix keep of the text in a row of the last pass."""
+        return {
+            (self._site.name, place, name): kept[row]
+            for (of_prefix, place), memory in self._memories.items()
+            if of_prefix == index
+            for name, kept in memory.items()
+        }
+
+    def put_memories(self, rows: Sequence[tuple[int, RowMemory]]) -> None:
+        """What branches keep is from here on that of these rows: each with its prefix's index."""
+        self._memories.clear()
+        found: dict[tuple[int, int, str], dict[int, Tensor]] = {}
+        for row, (index, memory) in enumerate(rows):
+            for (site, place, name), kept in memory.items():
+                if site == self._site.name:
+                    found.setdefault((index, place, name), {})[row] = kept
+        for (index, place, name), of_row in found.items():
+            nothing = torch.zeros_like(next(iter(of_row.values())))
+            every = torch.stack([of_row.get(row, nothing) for row in range(len(rows))])
+            self._memory_of(index, place)[name] = every
 
     def _memory_of(self, index: int, place: int) -> dict[str, Tensor]:
         return self._memories.setdefault((index, place), {})

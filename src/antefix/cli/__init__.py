@@ -28,6 +28,7 @@ from antefix.cli.links import links
 from antefix.cli.merge import merge
 from antefix.cli.methods import methods
 from antefix.cli.search import search
+from antefix.cli.serve import serve
 from antefix.cli.train import train
 from antefix.cli.train_many import train_many
 from antefix.errors import AntefixError, OtherProcessError
@@ -74,6 +75,7 @@ app.command("search")(search)
 app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("eval")(evaluate)
+app.command("serve")(serve)
 app.command("links")(links)
 app.command("merge")(merge)
 app.add_typer(base_app, name="base")

@@ -1,0 +1,5 @@
+"""Many requests, each with its own prefix, served by one base."""
+
+from importlib.metadata import version
+
+VERSION = version("antefix")

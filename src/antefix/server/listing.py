@@ -1,0 +1,133 @@
+"""`GET /v1/models` and what stands below it; prefixes read and forgotten while the server runs, as vLLM does LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import PlainTextResponse
+
+from antefix.bank import Entry
+from antefix.errors import ServingError
+from antefix.server.keys import Caller
+from antefix.server.refusal import Refusal
+from antefix.server.replies import Model, Models, OfPrefix
+from antefix.server.serving import Serving, caller_of, manager_of, serving_of, tell
+from antefix.server.wire import LoadRequest, UnloadRequest
+from antefix.server.writing import refusal_of
+
+routes = APIRouter()
+
+
+@routes.get("/v1/models")
+async def models(
+    request: Request,
+    caller: Annotated[Caller, Depends(caller_of)],
+    search: Annotated[str, Query(max_length=200, description="In names and tags.")] = "",
+    tag: Annotated[str, Query(max_length=200)] = "",
+    limit: Annotated[int | None, Query(ge=1, le=1_000_000)] = None,
+    after: Annotated[str, Query(max_length=600, description="Only what comes after this id.")] = "",
+) -> Models:
+    """The base and its prefixes, those that the caller may ask for."""
+    serving = serving_of(request)
+    entries = await serving.models.entries()
+    resident = {one.name for one in serving.engine.resident()}
+    found: list[Model] = []
+    if not (tag or after) and search.lower() in serving.models.base_id.lower() and caller.may_use(()):
+        found.append(serving.models.base_model())
+    start = after.removeprefix(f"{serving.models.base_id}:")
+    if after == serving.models.base_id:
+        start = ""
+    for name, entry in entries.items():
+        if limit is not None and len(found) > limit:
+            break
+        if name > start and _matches(entry, search.lower(), tag) and caller.may_use((name,)):
+            found.append(serving.models.prefix_model(name, _of_prefix(entry, name in resident)))
+    more = limit is not None and len(found) > limit
+    return {"object": "list", "data": found[:limit], "has_more": more}
+
+
+@routes.get("/v1/models/{model_id:path}")
+async def model(model_id: str, request: Request, caller: Annotated[Caller, Depends(caller_of)]) -> Model:
+    """One of them, a prefix with its card."""
+    serving = serving_of(request)
+    name = serving.models.name_of(model_id)
+    serving.refuse_not_allowed(caller, () if name is None else (name,))
+    if name is None:
+        return serving.models.base_model()
+    card = serving.models.card(name)
+    resident = any(one.name == name for one in serving.engine.resident())
+    slots = card.config.get("num_virtual_tokens")
+    of_prefix: OfPrefix = {
+        "name": name,
+        "method": card.method,
+        "num_virtual_tokens": slots if isinstance(slots, int) else None,
+        "tags": list(card.tags),
+        "licence": card.licence,
+        "scores": card.scores,
+        "resident": resident,
+        "card": card.model_dump(mode="json"),
+    }
+    return serving.models.prefix_model(name, of_prefix)
+
+
+@routes.post("/v1/load_prefix", response_class=PlainTextResponse)
+async def load(asked: LoadRequest, request: Request, caller: Annotated[Caller, Depends(manager_of)]) -> str:
+    """Read a prefix of the bank into memory, before anybody asks for it."""
+    serving = serving_of(request)
+    folder = _folder(serving, asked)
+    serving.refuse_not_allowed(caller, (folder,))
+    serving.models.card(folder)
+    try:
+        await (serving.engine.pin(folder) if asked.pin else serving.engine.load(folder))
+    except ServingError as error:
+        raise refusal_of(str(error), error.kind) from error
+    serving.models.call(asked.prefix_name, folder)
+    tell(request, prefixes=[folder])
+    return f"Success: prefix '{asked.prefix_name}' added successfully."
+
+
+@routes.post("/v1/unload_prefix", response_class=PlainTextResponse)
+async def unload(asked: UnloadRequest, request: Request, caller: Annotated[Caller, Depends(manager_of)]) -> str:
+    """Forget a prefix; texts that are being written with it go on. In the bank it stays, and is read when asked for."""
+    serving = serving_of(request)
+    name = serving.models.resident_name(asked.prefix_name)
+    serving.refuse_not_allowed(caller, (name,))
+    try:
+        await serving.engine.unload(name)
+    except ServingError as error:
+        raise refusal_of(str(error), error.kind) from error
+    serving.models.forget(asked.prefix_name)
+    tell(request, prefixes=[name])
+    return f"Success: prefix '{asked.prefix_name}' removed successfully."
+
+
+def _folder(serving: Serving, asked: LoadRequest) -> str:
+    """The name in the bank. Raises Refusal for a path that leads anywhere else."""
+    if asked.prefix_path is None:
+        return serving.models.name_of_prefix(asked.prefix_name)
+    path = Path(asked.prefix_path)
+    if path.is_absolute() and path.parent == Path(serving.models.bank.folder).absolute():
+        path = Path(path.name)
+    if len(path.parts) != 1:
+        raise Refusal(400, "'prefix_path' must be a folder of the bank, by its name", param="prefix_path")
+    return serving.models.name_of_prefix(str(path))
+
+
+def _matches(entry: Entry, search: str, tag: str) -> bool:
+    if tag and tag not in entry.tags:
+        return False
+    return not search or search in entry.name.lower() or any(search in one.lower() for one in entry.tags)
+
+
+def _of_prefix(entry: Entry, resident: bool) -> OfPrefix:
+    return {
+        "name": entry.name,
+        "method": entry.method,
+        "num_virtual_tokens": entry.num_virtual_tokens,
+        "tags": list(entry.tags),
+        "licence": entry.licence,
+        "scores": entry.scores,
+        "resident": resident,
+    }

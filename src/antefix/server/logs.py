@@ -1,0 +1,102 @@
+"""A line of JSON for every request: who, what, how long, how much; no texts unless they were asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from antefix.errors import AntefixError
+from antefix.server.refusal import Refusal
+
+if TYPE_CHECKING:
+    from fastapi import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from antefix.server.meters import Meters
+
+log = logging.getLogger("antefix.server")
+
+_QUIET = ("/health", "/metrics")
+"""Asked every few seconds, by machines: counted, but not worth a line."""
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON; what it carries as `told` beside the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        content: dict[str, Any] = {
+            "time": f"{when}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "told", {}),
+        }
+        if record.exc_info:
+            content["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def to_stderr() -> None:
+    """The server's and uvicorn's own lines to stderr, all of one form."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("antefix.server", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def failed(request: Request, error: Exception) -> Refusal:
+    """What a client is told of an error that came while its request was answered; ours goes to the log, whole."""
+    if isinstance(error, Refusal):
+        refusal = error
+    elif isinstance(error, AntefixError):
+        refusal = Refusal(400, str(error))
+    else:
+        told = request.state.told
+        log.error("a request failed", exc_info=error, extra={"told": {"request": told["request"]}})
+        refusal = Refusal(500, f"this is our fault; the log has more under {told['request']}", code="internal_error")
+    request.state.told["failed"] = str(refusal)
+    return refusal
+
+
+class Logged:
+    """Counts and times every request, and writes its line when its reply has ended."""
+
+    def __init__(self, app: ASGIApp, meters: Meters) -> None:
+        self._app = app
+        self._meters = meters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told: dict[str, Any] = {"request": uuid.uuid4().hex[:16]}
+        scope.setdefault("state", {})["told"] = told
+        start = time.monotonic()
+        status = 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", told["request"].encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            seconds = time.monotonic() - start
+            route = getattr(scope.get("route"), "path", "(none)")
+            self._meters.requests.labels(route, str(status)).inc()
+            self._meters.seconds.labels(route).observe(seconds)
+            if scope["path"] not in _QUIET:
+                line = {"method": scope["method"], "path": scope["path"][:200], "status": status}
+                log.info("request", extra={"told": {**line, "ms": round(1000 * seconds, 1), **told}})

@@ -1,0 +1,397 @@
+"""Continuous batching: jobs join a running batch and leave it, each with its own prefix, length and sampling.
+
+One `step` reads the prompts of those that join, as many as fit into a budget, and then writes one token for every row.
+Knows token ids and prefixes in memory; nothing of texts, processes or requests' formats. Prefixes never enter the
+cache: every row tells the attachment which one it carries.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from antefix.base import Base
+from antefix.errors import AntefixError, ServingError, one_line
+from antefix.server.attached_set import AttachedSet
+from antefix.server.carried import Carried
+from antefix.server.frame import Frame, left_padded, mask_of
+from antefix.server.messages import Event, Failed, Finished, Job, Kind, PromptScored, Token, Top
+from antefix.server.residency import Residency
+from antefix.server.sampling import Sampler, scores_of
+from antefix.site_stack import RowMemory
+from antefix.sites import find_sites
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Row:
+    """A job at work."""
+
+    job: Job
+    taken: tuple[Carried, ...]
+    carried: Carried | None
+    stop_ids: frozenset[int]
+    ids: list[int]
+    """What is read of it first: the prompt, and soft tokens behind it."""
+    sampler: Sampler
+    length: int = 0
+    """Its columns of the cache."""
+    last_id: int = 0
+    """The token that is written and not yet read."""
+    num_written: int = 0
+    memory: RowMemory = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A long prompt that is read piece by piece."""
+
+    row: _Row
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    num_read: int = 0
+    logprobs: list[float | None] = field(default_factory=lambda: [None])
+    top: list[Top] = field(default_factory=lambda: [()])
+
+
+class Loop:
+    """A base, its running batch and those that wait. Not for several threads."""
+
+    def __init__(self, base: Base, residency: Residency, *, max_rows: int, prompt_tokens: int) -> None:
+        """Raises ServingError for a base that does not write texts from left to right."""
+        if not find_sites(base.model).is_causal:
+            raise ServingError(
+                f"the base '{base.name}' is no decoder that reads from left to right: serve one like GPT-2 or Llama",
+                "unsupported",
+            )
+        self._base, self._residency = base, residency
+        self._max_rows, self._prompt_tokens = max_rows, prompt_tokens
+        self._attached = AttachedSet(base.model)
+        self._frame = Frame()
+        self._rows: list[_Row] = []
+        self._reading: _Reading | None = None
+        self._waiting: deque[Job] = deque()
+        self._stop_ids = _stop_ids(base)
+        self._num_words = int(base.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Rows at work, one whose prompt is being read included."""
+        return len(self._rows) + (self._reading is not None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.num_running and not self._waiting
+
+    @property
+    def num_attached(self) -> int:
+        """How often the set of attached prefixes changed."""
+        return self._attached.num_attached
+
+    def add(self, job: Job) -> None:
+        """Let a job wait for a row."""
+        self._waiting.append(job)
+
+    def cancel(self, job_id: str) -> list[Event]:
+        """Forget a job, wherever it is; its row is free at once."""
+        for job in self._waiting:
+            if job.id == job_id:
+                self._waiting.remove(job)
+                return [Finished(job_id, "cancelled")]
+        for row in self._every_row():
+            if row.job.id == job_id:
+                self._leave(row)
+                return [Finished(job_id, "cancelled", _num_slots(row))]
+        return []
+
+    def fail_all(self, message: str, kind: Kind) -> list[Event]:
+        """End every job."""
+        events: list[Event] = [
+            Failed(job.id, message, kind) for job in (*self._waiting, *(r.job for r in self._every_row()))
+        ]
+        self._waiting.clear()
+        self._forget_rows()
+        return events
+
+    def close(self) -> None:
+        """Forget every job, without a word, and leave the base as it was: nothing is attached."""
+        self._waiting.clear()
+        self._forget_rows()
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Read the prompts of who joins, write one token a row. What happened, in order."""
+        events: list[Event] = []
+        if self._reading is not None:
+            events += self._read_on(self._reading)
+        elif joining := self._joining(events):
+            if self._is_read_in_pieces(joining[0]):
+                self._reading = _Reading(joining[0])
+                events += self._read_on(self._reading)
+            else:
+                events += self._read(joining)
+        if self._rows:
+            events += self._write()
+        return events
+
+    # --- joining --------------------------------------------------------------------------------------------
+
+    def _joining(self, events: list[Event]) -> list[_Row]:
+        """Who waits longest, as far as rows are free and prompts fit together into the budget."""
+        joining: list[_Row] = []
+        while self._waiting and len(self._rows) + len(joining) < self._max_rows:
+            longest = max(len(self._waiting[0].prompt), *(len(row.ids) for row in joining), 1)
+            if joining and longest * (len(joining) + 1) > self._prompt_tokens:
+                break
+            job = self._waiting.popleft()
+            try:
+                joining.append(self._row(job))
+            except ServingError as error:
+                events.append(Failed(job.id, str(error), error.kind))
+        return joining
+
+    def _row(self, job: Job) -> _Row:
+        """Raises ServingError."""
+        taken = self._residency.take(job.prefixes)
+        try:
+            carried = self._residency.as_one(taken)
+            ids = list(job.prompt)
+            if carried is not None:
+                ids += [self._base.tokenizer.pad_token_id] * carried.module.num_inserted_tokens
+            num_words = self._num_words + (0 if carried is None else len(carried.module.symbols))
+            self._check(job, ids, carried, num_words)
+            stop_ids = self._stop_ids | ({carried.stop_token_id} if carried is not None else set())
+            return _Row(job, taken, carried, stop_ids, ids, Sampler(job.sampling, num_words))
+        except ServingError:
+            self._residency.give_back(taken)
+            raise
+
+    def _check(self, job: Job, ids: Sequence[int], carried: Carried | None, num_words: int) -> None:
+        if not job.prompt:
+            raise ServingError("the prompt is empty: give at least one token", "unsupported")
+        strange = [i for i in (*job.prompt, *job.sampling.logit_bias) if not 0 <= i < num_words]
+        if strange:
+            raise ServingError(f"{strange[0]} is no token of this model: it has 0 to {num_words - 1}", "unsupported")
+        limit = self._base.context_length
+        if limit is None:
+            return
+        if carried is not None:
+            limit -= carried.shift
+        if len(ids) + job.sampling.max_tokens > limit:
+            raise ServingError(
+                f"{len(ids)} prompt tokens and max_tokens {job.sampling.max_tokens} do not fit into the context of "
+                f"{limit} tokens: shorten the prompt or lower max_tokens",
+                "too_long",
+            )
+
+    def _read(self, joining: list[_Row]) -> list[Event]:
+        """The prompts together; where that fails each alone, so that one row's fault is not its neighbours'."""
+        try:
+            logits, cache = self._prompt_logits(joining)
+        except Exception as error:
+            if len(joining) > 1:
+                _log.warning("%d prompts could not be read together: %s", len(joining), one_line(error))
+                return [event for row in joining for event in self._read([row])]
+            self._residency.give_back(joining[0].taken)
+            return [_failed(joining[0], error)]
+        scored: list[Event] = []
+        for place, row in enumerate(joining):
+            if row.job.sampling.prompt_logprobs:
+                of_prompt = logits[place, -len(row.ids) :][: len(row.job.prompt)]  # soft tokens behind it left out
+                logprobs, top = scores_of(of_prompt, row.job.prompt[1:], row.job.sampling.logprobs or 0)
+                scored.append(PromptScored(row.job.id, (None, *logprobs), ((), *top)))
+        return [*scored, *self._begin(joining, logits[:, -1:], cache)]
+
+    def _begin(self, joining: Sequence[_Row], logits: Tensor, cache: DynamicCache) -> list[Event]:
+        """Write the first token of rows whose prompts were read, and let them join. logits: (B, 1, V)."""
+        events: list[Event] = []
+        staying = []
+        for place, row in enumerate(joining):
+            row.length, row.memory = len(row.ids), self._attached.memory_of(place, row.carried)
+            written, goes_on = self._one_more(row, logits[place, 0])
+            events += written
+            if goes_on:
+                staying.append(place)
+            else:
+                self._residency.give_back(row.taken)
+        if staying:
+            self._frame.join(cache, staying)
+            self._rows += [joining[place] for place in staying]
+        return events
+
+    def _is_read_in_pieces(self, row: _Row) -> bool:
+        """Whether its prompt is longer than others shall wait for. What learns of a whole prompt reads it whole."""
+        if len(row.ids) <= self._prompt_tokens:
+            return False
+        return row.carried is None or not (row.carried.module.branches() or row.carried.module.num_inserted_tokens)
+
+    def _read_on(self, reading: _Reading) -> list[Event]:
+        """One more piece of a long prompt; behind the last one its row joins."""
+        row, begin, device = reading.row, reading.num_read, self._base.model.device
+        end = min(begin + self._prompt_tokens, len(row.ids))
+        try:
+            self._include([row])
+            self._attached.place([row.carried], len(row.ids))
+            wants_scores = row.job.sampling.prompt_logprobs
+            logits = self._forward(
+                torch.tensor([row.ids[begin:end]], device=device), mask_of([end], end, device),
+                torch.arange(begin, end, device=device)[None], reading.cache, logits_to_keep=0 if wants_scores else 1,
+            )  # fmt: skip
+            if wants_scores:
+                scores = scores_of(logits[0], row.job.prompt[begin + 1 : end + 1], row.job.sampling.logprobs or 0)
+                reading.logprobs += scores[0]
+                reading.top += scores[1]
+        except Exception as error:
+            self._leave(row)
+            return [_failed(row, error)]
+        reading.num_read = end
+        if end < len(row.ids):
+            return []
+        self._reading = None
+        scored = PromptScored(row.job.id, tuple(reading.logprobs), tuple(reading.top))
+        return [*([scored] if wants_scores else []), *self._begin([row], logits[:, -1:], reading.cache)]
+
+    def _include(self, joining: Sequence[_Row]) -> None:
+        """Have attached what these rows carry, beside what is at work."""
+        at_work = [row.carried for row in self._rows if row.carried is not None]
+        self._attached.include([row.carried for row in joining if row.carried is not None], at_work)
+
+    def _prompt_logits(self, joining: list[_Row]) -> tuple[Tensor, DynamicCache]:
+        """At the prompts' last places, or at all of them where one wants its prompt scored: (B, 1 or T, V)."""
+        self._include(joining)
+        ids, mask, positions = left_padded(
+            [row.ids for row in joining], self._base.tokenizer.pad_token_id, self._base.model.device
+        )
+        self._attached.place([row.carried for row in joining], ids.shape[1])
+        cache = DynamicCache()
+        wants_scores = any(row.job.sampling.prompt_logprobs for row in joining)
+        return self._forward(ids, mask, positions, cache, logits_to_keep=0 if wants_scores else 1), cache
+
+    # --- writing --------------------------------------------------------------------------------------------
+
+    def _write(self) -> list[Event]:
+        """One token for every row."""
+        try:
+            logits = self._next_logits()
+        except Exception as error:
+            failed: list[Event] = [_failed(row, error) for row in self._every_row()]
+            self._forget_rows()
+            return failed
+        events: list[Event] = []
+        for row, logits_V in zip(list(self._rows), logits, strict=True):
+            written, goes_on = self._one_more(row, logits_V)
+            events += written
+            if not goes_on:
+                self._leave(row)
+        return events
+
+    def _next_logits(self) -> Tensor:
+        """Of every row: (B, V)."""
+        rows, frame, device = self._rows, self._frame, self._base.model.device
+        frame.begin_step()
+        width = frame.width
+        ends = torch.tensor([width - row.length + len(row.ids) for row in rows], device=device)
+        self._attached.place([row.carried for row in rows], ends)
+        self._attached.put_memories([row.memory for row in rows])
+        ids = torch.tensor([[row.last_id] for row in rows], device=device)
+        positions = torch.tensor([[row.length] for row in rows], device=device)
+        mask = mask_of([row.length + 1 for row in rows], width + 1, device)
+        logits = self._forward(ids, mask, positions, frame.cache, logits_to_keep=1)
+        frame.end_step()
+        for row in rows:
+            row.length += 1
+        return logits[:, -1]
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, logits_to_keep: int) -> Tensor:
+        out = self._base.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )  # fmt: skip
+        return out.logits.float().cpu()  # type: ignore[no-any-return]
+
+    def _one_more(self, row: _Row, logits_V: Tensor) -> tuple[list[Event], bool]:
+        """The row's next token, and whether it goes on."""
+        sampling, job_id = row.job.sampling, row.job.id
+        length = Finished(job_id, "length", _num_slots(row))
+        if sampling.max_tokens == 0:
+            return [length], False
+        try:
+            chosen, logprob, top = row.sampler.next(logits_V)
+        except Exception as error:  # a prefix that makes nonsense of the logits
+            return [_failed(row, error)], False
+        if chosen in row.stop_ids and not sampling.ignore_eos:
+            return [Finished(job_id, "stop", _num_slots(row))], False
+        row.last_id = chosen
+        row.num_written += 1
+        token = Token(job_id, chosen, logprob, top)
+        is_last = row.num_written == sampling.max_tokens
+        return [token, length] if is_last else [token], not is_last
+
+    # --- leaving --------------------------------------------------------------------------------------------
+
+    def _every_row(self) -> list[_Row]:
+        return [*self._rows, *([] if self._reading is None else [self._reading.row])]
+
+    def _leave(self, row: _Row) -> None:
+        """Free a row; the last running one takes its place."""
+        self._residency.give_back(row.taken)
+        if self._reading is not None and row is self._reading.row:
+            self._reading = None
+            return
+        place = self._rows.index(row)
+        self._rows[place] = self._rows[-1]
+        self._rows.pop()
+        self._frame.leave(place, max((other.length for other in self._rows), default=0))
+
+    def _forget_rows(self) -> None:
+        for row in self._every_row():
+            self._residency.give_back(row.taken)
+        self._rows, self._reading, self._frame = [], None, Frame()
+        self._attached.release()
+
+
+def _num_slots(row: _Row) -> int:
+    return 0 if row.carried is None else row.carried.num_slots
+
+
+def _failed(row: _Row, error: Exception) -> Failed:
+    if not isinstance(error, AntefixError):
+        _log.error("a job failed", exc_info=error)
+    return Failed(row.job.id, _message(error), _kind(error))
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, AntefixError):
+        return str(error)
+    return f"the engine failed ({type(error).__name__}: {one_line(error)}); its log says more"
+
+
+def _kind(error: Exception) -> Kind:
+    if isinstance(error, ServingError):
+        return error.kind
+    return "broken_prefix" if isinstance(error, AntefixError) else "internal"
+
+
+def _stop_ids(base: Base) -> frozenset[int]:
+    """What ends a text of the base."""
+    return frozenset(_ids_in(base.tokenizer.eos_token_id)) | frozenset(
+        _ids_in(getattr(base.model.generation_config, "eos_token_id", None))
+    )
+
+
+def _ids_in(value: Any) -> Iterator[int]:
+    if value is not None:
+        yield from ([value] if isinstance(value, int) else value)

@@ -1,0 +1,162 @@
+"""What can be asked for: the base, and the prefixes of a bank. Ids to names, and what the list says of each.
+
+The bank's folder is looked at when somebody asks: what was added or removed since is there, or gone, at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from antefix.bank import Bank, Entry
+from antefix.errors import BankError, PrefixError, one_line
+from antefix.server.refusal import Refusal
+from antefix.server.replies import Model, OfPrefix
+
+if TYPE_CHECKING:
+    from antefix.prefix import Card
+
+_LOOK_AGAIN_S = 60
+"""A card that is edited in its place does not change its bank's folder."""
+_MOST_CARDS = 1024
+
+Stamp = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a request's model and prefixes come to."""
+
+    id: str
+    prefixes: tuple[str, ...]
+    """Names in the bank; none: the bare base."""
+
+
+class Models:
+    """The base's id, the bank, and names given while running."""
+
+    def __init__(self, base_id: str, bank: Bank) -> None:
+        self.base_id = base_id
+        self.bank = bank
+        self._created = int(time.time())
+        self._aliases: dict[str, str] = {}
+        self._entries: dict[str, Entry] = {}
+        self._seen: tuple[int, float] = (-1, 0.0)
+        self._looking = asyncio.Lock()
+        self._cards: dict[str, tuple[Stamp, Card]] = {}
+
+    def id_of(self, name: str) -> str:
+        """The id of a prefix."""
+        return f"{self.base_id}:{name}"
+
+    def name_of(self, model: str) -> str | None:
+        """The prefix that an id or a name means; None: the base. Raises Refusal (404) for neither."""
+        if model == self.base_id:
+            return None
+        name = model.removeprefix(f"{self.base_id}:")
+        name = self._aliases.get(name, name)
+        if name not in self.bank:
+            raise Refusal(
+                404,
+                f"there is no model '{one_line(model, 80)}': GET /v1/models lists '{self.base_id}' and the prefixes",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    def name_of_prefix(self, model: str) -> str:
+        """The prefix that an id or a name means. Raises Refusal (404) for anything else, the base included."""
+        name = self.name_of(model)
+        if name is None:
+            raise Refusal(404, f"'{model}' is the base, not a prefix", param="prefix_name", code="model_not_found")
+        return name
+
+    def resident_name(self, model: str) -> str:
+        """The same for one that may be gone from the bank, but not from memory."""
+        name = model.removeprefix(f"{self.base_id}:")
+        return self._aliases.get(name, name)
+
+    def chosen(self, model: str, more: tuple[str, ...]) -> Chosen:
+        """What a request asks for. Raises Refusal for a name that is not there, and for prefixes on a prefix."""
+        name = self.name_of(model)
+        if not more:
+            return Chosen(self.base_id, ()) if name is None else Chosen(self.id_of(name), (name,))
+        if name is not None:
+            raise Refusal(
+                400, f"'antefix.prefixes' goes with model = '{self.base_id}', not with a prefix", param="antefix"
+            )
+        names = tuple(self.name_of(one) for one in more)
+        if None in names or len(set(names)) < len(names):
+            raise Refusal(400, "'antefix.prefixes' are prefixes, each once", param="antefix")
+        prefixes = tuple(name for name in names if name is not None)
+        return Chosen("+".join([self.base_id, *prefixes]), prefixes)
+
+    def call(self, alias: str, folder: str) -> None:
+        """From now on a prefix of the bank can be asked for under another name too. Raises Refusal (400)."""
+        if alias == folder:
+            return
+        if alias == self.base_id or alias in self.bank or self._aliases.get(alias, folder) != folder:
+            raise Refusal(400, f"'{one_line(alias, 80)}' is taken: choose another name", param="prefix_name")
+        self._aliases[alias] = folder
+
+    def forget(self, alias: str) -> None:
+        """The name that was given goes; the prefix's own stays as long as it is in the bank."""
+        self._aliases.pop(alias, None)
+
+    async def entries(self) -> dict[str, Entry]:
+        """The bank's sound prefixes by name."""
+        async with self._looking:
+            try:
+                changed = os.stat(self.bank.folder).st_mtime_ns
+                if changed != self._seen[0] or time.monotonic() - self._seen[1] > _LOOK_AGAIN_S:
+                    found = await asyncio.to_thread(self.bank.entries)
+                    self._entries = {entry.name: entry for entry in found if entry.problem is None}
+                    # As it was before: what came in between is seen next time (and so is the index that was written).
+                    self._seen = (changed, time.monotonic())
+            except (BankError, OSError) as error:
+                raise Refusal(503, f"the bank cannot be read: {one_line(error)}", retry_after=5) from error
+            return self._entries
+
+    def card(self, name: str) -> Card:
+        """What a prefix says about itself. Raises Refusal for one that is gone or broken."""
+        try:
+            status = os.stat(self.bank.path(name) / "card.json")
+            stamp = (status.st_ino, status.st_mtime_ns)
+            known = self._cards.get(name)
+            if known is None or known[0] != stamp:
+                known = (stamp, self.bank.card(name))
+                if len(self._cards) >= _MOST_CARDS:
+                    self._cards.clear()
+                self._cards[name] = known
+        except FileNotFoundError as error:
+            raise Refusal(404, f"the prefix '{name}' is gone", param="model", code="model_not_found") from error
+        except (PrefixError, BankError, OSError) as error:
+            raise Refusal(400, str(error), param="model", code="broken_prefix") from error
+        return known[1]
+
+    def base_model(self) -> Model:
+        """What the list says of the base."""
+        return {
+            "id": self.base_id,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "antefix",
+            "root": self.base_id,
+            "parent": None,
+            "antefix": None,
+        }
+
+    def prefix_model(self, name: str, of_prefix: OfPrefix) -> Model:
+        """What the list says of a prefix."""
+        return {
+            "id": self.id_of(name),
+            "object": "model",
+            "created": self._created,
+            "owned_by": "antefix",
+            "root": name,
+            "parent": self.base_id,
+            "antefix": of_prefix,
+        }

@@ -1,0 +1,127 @@
+"""Starts an engine and a server over it, and ends both: on a signal, or when the engine will serve nothing any more."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from antefix.bank import Bank
+from antefix.base import context_length, load_tokenizer
+from antefix.errors import ServerError, ServingError
+from antefix.server.app import make_app
+from antefix.server.engine import Engine, EngineSettings, start_engine
+from antefix.server.keys import Keys
+from antefix.server.limits import Admission
+from antefix.server.models import Models
+from antefix.server.serving import Rules, Serving
+from antefix.server.tokens import Tokens
+
+_LOOK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a server listens, under which name, and for whom."""
+
+    host: str
+    port: int
+    """0: any that is free."""
+    base_id: str
+    keys_file: Path | None
+
+
+def serve(place: Place, engine: EngineSettings, rules: Rules, on_ready: Callable[[str, int], None]) -> None:
+    """Serve until SIGINT or SIGTERM. on_ready: told the address and the number of prefixes.
+
+    Raises ServerError (port, keys), BankError, BaseModelError; ServingError for an engine that cannot start, or dies.
+    """
+    keys = None if place.keys_file is None else Keys.read(place.keys_file)
+    bank = Bank(engine.bank)
+    num_prefixes = len(bank)  # and whether there is one
+    listening = _listen(place)  # before the base is read, which takes long
+    tokenizer, config = load_tokenizer(engine.base)
+    tokens = Tokens(tokenizer, context_length(config), int(config.vocab_size))
+
+    async def run() -> None:
+        running = await start_engine(engine)
+        serving = Serving(
+            engine=running, tokens=tokens, models=Models(place.base_id, bank), rules=rules, keys=keys,
+            admission=Admission(rules.max_queue, engine.max_rows),
+        )  # fmt: skip
+        on_ready(_address(listening), num_prefixes)
+        await _until_stopped(serving, listening)
+
+    with listening:
+        asyncio.run(run())
+
+
+async def _until_stopped(serving: Serving, listening: socket.socket) -> None:
+    config = uvicorn.Config(
+        make_app(serving), log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=int(serving.rules.grace_s), timeout_keep_alive=75,
+    )  # fmt: skip
+    server = _Server(config, serving)
+    watching = asyncio.create_task(_watch(serving.engine, server))
+    await server.serve(sockets=[listening])
+    watching.cancel()
+    if server.engine_died:
+        raise ServingError("the engine's worker died too often: the server ends (its log says why)", "unavailable")
+
+
+async def _watch(engine: Engine, server: _Server) -> None:
+    while not server.should_exit:
+        if engine.status().state == "dead":
+            server.engine_died = server.should_exit = True
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+
+class _Server(uvicorn.Server):
+    """Stops on the first signal, giving open requests their time, and at once on the second."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+        super().__init__(config)
+        self._serving = serving
+        self.engine_died = False
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn would raise them again at the end; to be stopped is no failure."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _stop(self, number: int) -> None:
+        self._serving.admission.stopping = True
+        self.handle_exit(number, None)
+
+
+def _listen(place: Place) -> socket.socket:
+    family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((place.host, place.port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise ServerError(
+            f"cannot listen at {place.host}:{place.port} ({error.strerror or error}): choose another --port or --host"
+        ) from error
+    return listening
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
