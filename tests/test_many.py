@@ -24,6 +24,7 @@ from antefix.prefix import Prefix
 from antefix.training.identity import Identity, identity_of
 from antefix.training.learner import Learner
 from antefix.training.many import ManyReport, train_many
+from antefix.training.many_report import report_of
 from antefix.training.many_run import ManyPlan, plan_many, work_of
 from antefix.training.prepared import prepare_recipe
 from antefix.training.recipe import Recipe
@@ -261,9 +262,14 @@ def test_a_user_whose_loss_is_no_number_fails_alone(tmp_path: Path, monkeypatch:
 
 def test_data_that_do_not_fit_are_told_and_the_others_go_on(tmp_path: Path) -> None:
     long = user("Long" * 200, 2)
-    _, failed = many(tiny_base("llama"), recipe(tmp_path), [long, USERS[0]])
+    plan, failed = many(tiny_base("llama"), recipe(tmp_path), [long, USERS[0], USERS[2]])
     assert list(failed) == [long.name]
     assert "do not fit into the base's context" in failed[long.name]
+    report = report_of(plan, failed)
+    assert [row.name for row in report.worst] == [long.name, USERS[0].name]
+    assert report.worst[0].reasons[0].startswith("failed: ")
+    assert [row.outcome for row in report.rows] == ["failed", "trained", "trained"]
+    assert report.rows[2].reasons == ("no dev set",)
 
 
 @pytest.mark.parametrize(
