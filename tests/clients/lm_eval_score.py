@@ -30,7 +30,7 @@ dataset_kwargs:
     test: {rows}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}} "
+doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
 metric_list:
