@@ -262,12 +262,8 @@ class Attachment:
         return self._live
 
     def _make(self, used: set[int] | None = None) -> list[Made]:
-        """used: what is not among these is left out, as nothing; None: all are made."""
+        """used: those that rows carry (of hundreds that are trained together a few), others are nothing; None: all."""
         return [Made.of(m) if used is None or n in used else Made.nothing() for n, m in enumerate(self._modules)]
-
-    def _in_use(self) -> set[int] | None:
-        """The prefixes that rows carry: of hundreds that are trained together, a batch has a few."""
-        return None if self._rows is None else set(self._rows.tolist())
 
     @property
     def longest_shift(self) -> int:
@@ -301,8 +297,7 @@ class Attachment:
     @property
     def condition_length(self) -> int | None:
         """How many tokens a second text has at most; None: none is needed."""
-        lengths = [m.condition_length for m in self._modules if m.condition_length is not None]
-        return max(lengths) if lengths else None
+        return max((m.condition_length for m in self._modules if m.condition_length is not None), default=None)
 
     @property
     def at_sites(self) -> list[SiteStack]:
@@ -380,7 +375,7 @@ class Attachment:
         self._outermost = module
         # Made now, not at the first site: layers that recompute in the backward pass then find the same tensors.
         if self._trainable:
-            self._live = self._make(self._in_use())
+            self._live = self._make(None if self._rows is None else set(self._rows.tolist()))
         if self._tells_targets:
             begins = self._target_begins = target_begins(args, kwargs, self._source_lengths)
             self._is_target = None if begins is None else targets_in(args, kwargs, begins)
