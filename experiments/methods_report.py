@@ -11,7 +11,9 @@ from typing import Any
 def write_report(found: dict[str, dict[str, Any]], names: dict[str, str], budget: int, folder: Path) -> None:
     """`summary.json`, `report.md` and `methods.png`."""
     costs = found["costs"]["methods"]
-    summary = {name: _of_method(_units_of(found, key)) | costs[name] for key, name in names.items()}
+    summary = {
+        name: _of_method(_units_of(found, key), _rates_tried(found, key)) | costs[name] for key, name in names.items()
+    }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(_markdown(summary, budget), encoding="utf-8")
     _plot(summary, folder / "methods.png")
@@ -21,11 +23,16 @@ def _units_of(found: dict[str, dict[str, Any]], key: str) -> list[dict[str, Any]
     return [unit for name, unit in found.items() if name.rpartition("_seed_")[0] == f"final_{key}"]
 
 
-def _of_method(units: list[dict[str, Any]]) -> dict[str, Any]:
+def _rates_tried(found: dict[str, dict[str, Any]], key: str) -> list[float]:
+    return [unit["learning_rate"] for name, unit in found.items() if name.rpartition("_")[0] == f"search_{key}"]
+
+
+def _of_method(units: list[dict[str, Any]], rates_tried: list[float]) -> dict[str, Any]:
     first = units[0]
     return {
         "config": first["config"],
         "learning_rate": first["learning_rate"],
+        "best_of_the_rates_at_an_end": first["learning_rate"] in (min(rates_tried), max(rates_tried)),
         "stored_values": first["stored_values"],
         "trained_values": first["trained_values"],
         "dev_loss": [round(u["pairs_seen_and_dev_loss"][-1][1], 4) for u in units],
@@ -37,7 +44,7 @@ def _of_method(units: list[dict[str, Any]]) -> dict[str, Any]:
 def _markdown(summary: dict[str, Any], budget: int) -> str:
     head = ["method", "stored", "trained", "rate", "dev loss", "BLEU", "pairs/s", "a step", "a token", "peak, MiB"]
     rows = [
-        [name, f"{s['stored_values']:,}", f"{s['trained_values']:,}", f"{s['learning_rate']:.3g}",
+        [name, f"{s['stored_values']:,}", f"{s['trained_values']:,}", f"{s['learning_rate']:.3g}{'*' if s['best_of_the_rates_at_an_end'] else ''}",
          _spread(s["dev_loss"]), _spread(s["bleu"]), f"{statistics.median(s['pairs_per_second']):.2f}",
          _ratio(s["step_seconds_ratio"]), _ratio(s["token_seconds_ratio"]), f"{s['peak_mib']:.0f}"]
         for name, s in sorted(summary.items(), key=lambda item: statistics.mean(item[1]["dev_loss"]))
@@ -47,7 +54,7 @@ def _markdown(summary: dict[str, Any], budget: int) -> str:
         "# Methods side by side", "",
         f"1,000 E2E pairs, a budget of {budget:,} stored values; dev loss in nats a token, BLEU of 100 test inputs "
         "(range over seeds in brackets). A step and a token: how many times the time that prefix-tuning takes, with "
-        "quartiles.", "", *table, "",
+        "quartiles. *: the best of the three rates was the lowest or the highest, so a better one may lie beyond.", "", *table, "",
     ])  # fmt: skip
 
 

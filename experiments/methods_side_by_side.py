@@ -81,8 +81,8 @@ def main() -> None:
     finals = {f"final_{key(n)}_seed_{seed}": Unit(dict, 330.0) for n in configs for seed in seeds_of(n)}
     timed = {"costs": Unit(partial(costs, e2e, configs), 900.0)}
     announce(RESULTS / "units", searches | finals | timed)
-    found = finish(RESULTS / "units", searches)
-    best = {name: best_rate(found, name) for name in configs}
+    searched = finish(RESULTS / "units", searches)
+    best = {name: best_rate(searched, name) for name in configs}
     finals = {
         f"final_{key(name)}_seed_{seed}": Unit(
             partial(run, e2e, method, config, best[name], 1000, seed, final=True), 330.0
@@ -91,7 +91,7 @@ def main() -> None:
         for seed in seeds_of(name)
     }
     found = finish(RESULTS / "units", finals | timed)
-    write_report(found, {key(name): name for name in configs}, BUDGET, RESULTS)
+    write_report(searched | found, {key(name): name for name in configs}, BUDGET, RESULTS)
 
 
 def solved(base: antefix.Base, method: str, sizes: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
