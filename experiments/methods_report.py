@@ -44,7 +44,7 @@ def _of_method(units: list[dict[str, Any]], rates_tried: list[float]) -> dict[st
 def _markdown(summary: dict[str, Any], budget: int) -> str:
     head = ["method", "stored", "trained", "rate", "dev loss", "BLEU", "pairs/s", "a step", "a token", "peak, MiB"]
     rows = [
-        [name, f"{s['stored_values']:,}", f"{s['trained_values']:,}", f"{s['learning_rate']:.3g}{'*' if s['best_of_the_rates_at_an_end'] else ''}",
+        [name, f"{s['stored_values']:,}", f"{s['trained_values']:,}", _rate(s),
          _spread(s["dev_loss"]), _spread(s["bleu"]), f"{statistics.median(s['pairs_per_second']):.2f}",
          _ratio(s["step_seconds_ratio"]), _ratio(s["token_seconds_ratio"]), f"{s['peak_mib']:.0f}"]
         for name, s in sorted(summary.items(), key=lambda item: statistics.mean(item[1]["dev_loss"]))
@@ -54,8 +54,13 @@ def _markdown(summary: dict[str, Any], budget: int) -> str:
         "# Methods side by side", "",
         f"1,000 E2E pairs, a budget of {budget:,} stored values; dev loss in nats a token, BLEU of 100 test inputs "
         "(range over seeds in brackets). A step and a token: how many times the time that prefix-tuning takes, with "
-        "quartiles. *: the best of the three rates was the lowest or the highest, so a better one may lie beyond.", "", *table, "",
+        "quartiles. *: the best of the three rates was the lowest or the highest, so a better one may lie beyond.",
+        "", *table, "",
     ])  # fmt: skip
+
+
+def _rate(of_method: dict[str, Any]) -> str:
+    return f"{of_method['learning_rate']:.3g}" + ("*" if of_method["best_of_the_rates_at_an_end"] else "")
 
 
 def _spread(values: list[float]) -> str:
