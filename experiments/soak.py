@@ -171,7 +171,7 @@ def plot(samples: list[dict[str, float]], path: Path) -> None:
     for name, label in (("worker_mib", "the engine's worker"), ("server_mib", "the server")):
         axes.plot([s["seconds"] / 60 for s in samples], [s[name] for s in samples], label=label)
     axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

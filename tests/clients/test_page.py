@@ -80,6 +80,7 @@ def test_a_table_becomes_a_text(open_page: Any, served: Served) -> None:
         said = client.post("/v1/tables", json=asked).json()["choices"][0]["text"]
     assert shown.split() == said.split()
     assert "2 slots" in page.locator(".figures").inner_text()
+    page.locator(".card dd", has_text="yes").wait_for()  # it is in memory now, and the card says so
 
 
 def test_two_side_by_side_on_one_text(open_page: Any) -> None:

@@ -102,14 +102,18 @@ class Chooser {
   }
 
   async choose(id) {
+    if (await this.look(id)) modelChanged(this);
+  }
+
+  async look(id) {
     try {
       this.model = await ask(`/v1/models/${id.split("/").map(encodeURIComponent).join("/")}`);
     } catch (error) {
       this.card.querySelector("dl").replaceChildren(make("dt", "problem"), make("dd", error.message));
-      return;
+      return false;
     }
     this.showCard();
-    modelChanged(this);
+    return true;
   }
 
   showCard() {
@@ -355,6 +359,7 @@ async function submit(event) {
   running = null;
   $("write").disabled = false;
   $("stop").disabled = true;
+  for (const chooser of chosen()) if (chooser.model) chooser.look(chooser.model.id); // it is in memory now
 }
 
 // ---- the server
