@@ -262,7 +262,6 @@ class Attachment:
         return self._live
 
     def _make(self, used: set[int] | None = None) -> list[Made]:
-        """used: those that rows carry (of hundreds that are trained together a few), others are nothing; None: all."""
         return [Made.of(m) if used is None or n in used else Made.nothing() for n, m in enumerate(self._modules)]
 
     @property
@@ -375,7 +374,9 @@ class Attachment:
         self._outermost = module
         # Made now, not at the first site: layers that recompute in the backward pass then find the same tensors.
         if self._trainable:
-            self._live = self._make(None if self._rows is None else set(self._rows.tolist()))
+            # Of hundreds of one method that are trained together a batch has a few; the others are nothing to it.
+            rows = [] if self._rows is None or len({type(m) for m in self._modules}) > 1 else self._rows.tolist()
+            self._live = self._make(set(rows) if any(n != BARE for n in rows) else None)
         if self._tells_targets:
             begins = self._target_begins = target_begins(args, kwargs, self._source_lengths)
             self._is_target = None if begins is None else targets_in(args, kwargs, begins)
