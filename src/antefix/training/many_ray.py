@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -70,11 +70,10 @@ class Worker:
         def fail(user: User, reason: str) -> None:
             failed[user.name] = reason
 
-        try:
+        # A stop was asked for by who called, and checkpoints are saved: it is no interruption of this process.
+        with suppress(KeyboardInterrupt):
             work = work_of(self._plan, left, base, fail, tokens_at_work=self._tokens_at_work)
             train_many(base, work, watch=self._watch, stop_requested=self._stop.is_set)
-        except KeyboardInterrupt:
-            pass
         self._report = None
         return failed
 
