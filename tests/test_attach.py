@@ -189,6 +189,19 @@ def test_a_bfloat16_base_carries_a_float32_prefix(name: str, method: str) -> Non
     assert float((rounded.float() - exact).detach().abs().mean()) < 0.1 * float(exact.abs().mean())
 
 
+def test_a_float64_base_carries_a_float32_prefix(method: str) -> None:
+    if method_class(method).weights is not MethodModule.weights:
+        pytest.skip(f"{method} trains the base's own weights, in float32")
+    wide, exact = tiny_base("llama"), Base(tiny_model("llama", torch.float64), tiny_base("llama").tokenizer, "llama")
+    module, batch = tiny_method(wide, method), tiny_batch("llama", "right")
+    real = is_output(batch)
+    with attached(exact.model, module), attached(wide.model, module):
+        tell_sources(exact)
+        found, wanted = exact.model(**batch).logits[real], logits(wide, batch)[real]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), wanted, **NEAR)
+
+
 @pytest.fixture
 def llama() -> Base:
     return tiny_base("llama")

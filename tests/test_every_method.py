@@ -25,6 +25,7 @@ from antefix.attention.branch import Branch
 from antefix.base import Base
 from antefix.methods import METHODS, method_class
 from antefix.methods.base import MethodModule
+from antefix.methods.listing import counted
 from antefix.parts.key_value import KeyValue
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.sites import Kind, find_sites
@@ -189,3 +190,18 @@ def test_what_is_kept_says_what_was_trained(unlike_architecture: str, variant: V
                 assert torch.equal(base.model(**batch).logits, trained)
         assert not torch.equal(base.model(**batch).logits, trained)
     assert all(torch.equal(t, tensors[name]) for name, t in restored.kept_tensors().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_says_of_a_base_whether_what_is_kept_is_keys_and_values_alone(
+    unlike_architecture: str, name: str
+) -> None:
+    base = tiny_base(unlike_architecture)
+    row = counted(base, name)
+    if row["refusal"] is not None:
+        pytest.skip(f"{name} is not for {unlike_architecture} without more: {row['refusal']}")
+    found = method_class(name)
+    config = found.Config()
+    restored = found.restore(find_sites(base.model), config, found.build(base, config).kept_tensors())
+    slots = {f"{site}.{part}" for site in restored.slots() for part in ("key", "value")}
+    assert row["folds_to_key_value"] == (slots == restored.kept_tensors().keys() and not restored.branches())

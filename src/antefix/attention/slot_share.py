@@ -19,7 +19,8 @@ def slot_scores(query_BHTD: Tensor, key_GPD: Tensor, scores: Scores, gate_BHTP: 
 
     gate_BHTP: what keys are multiplied by, and so their products before any cap.
     """
-    products = torch.matmul(_wide(query_BHTD), _by_head(_wide(key_GPD), query_BHTD.shape[1]).mT) * scores.scale
+    query, key = _wide(query_BHTD, key_GPD)
+    products = torch.matmul(query, _by_head(key, query_BHTD.shape[1]).mT) * scores.scale
     if gate_BHTP is not None:
         products = products * gate_BHTP
     return products if scores.softcap is None else torch.tanh(products / scores.softcap) * scores.softcap
@@ -30,7 +31,8 @@ def share_of(scores_BHTP: Tensor, value_BGPE: Tensor, gate_BHTP: Tensor | None =
     highest = scores_BHTP.amax(-1).detach()  # -inf where a query sees no slot: no share at all
     weights = torch.exp(scores_BHTP - torch.where(highest == -torch.inf, 0.0, highest)[..., None])
     gated = weights if gate_BHTP is None else weights * gate_BHTP
-    num = torch.matmul(gated, _by_head(_wide(value_BGPE), scores_BHTP.shape[1]))
+    gated, value = _wide(gated, value_BGPE)
+    num = torch.matmul(gated, _by_head(value, scores_BHTP.shape[1]))
     return Share(num, weights.sum(-1), highest)
 
 
@@ -61,8 +63,10 @@ class SlotBranch(Branch):
         return (self.key_GPD, self.value_GPE)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _wide(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their precisions, float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(dtype), b.to(dtype)
 
 
 def _by_head(x: Tensor, num_heads: int) -> Tensor:

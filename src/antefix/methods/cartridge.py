@@ -41,6 +41,7 @@ class Cartridge(PrefixTuning):
     Config = CartridgeConfig
     summary = "a document as slots, trained to answer as if it were in context (Cartridges, 2025)"
     paper = "arXiv 2506.06266"
+    needs = ("a document (config.document)",)
 
     @classmethod
     def default_learning_rate(cls, config: PrefixTuningConfig) -> float:

@@ -70,7 +70,7 @@ class InducerBranch(Branch):
         if self._config.gating_ablation:
             value = hidden @ t["value_out"] + t["value_out_bias"][:, None]
             return Share(value, torch.ones_like(score_BHT), score_BHT)
-        share_BHT = torch.sigmoid(score_BHT - call.tokens().lse_BHT)
+        share_BHT = torch.sigmoid(score_BHT - call.tokens().lse_BHT).to(hidden.dtype)
         if self._config.value_extension:
             weighed = share_BHT[..., None] * hidden
             return Residual(torch.einsum("bhtr,hrc->btc", weighed, t["value_out"]) + t["value_out_bias"])

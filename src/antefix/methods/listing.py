@@ -15,14 +15,21 @@ def listed() -> list[dict[str, Any]]:
 
 
 def counted(base: Base, name: str) -> dict[str, Any]:
-    """How many values a method trains and keeps on a base, at its defaults; or why it cannot be used there."""
+    """How many values a method trains and keeps on a base at its defaults, and whether it folds; or why it cannot."""
     found = method_class(name)
     try:
         module = found.build(base, found.Config())
     except PrefixError as error:
         return {"trained": None, "kept": None, "refusal": str(error)}
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return {"trained": trained, "kept": sum(t.numel() for t in module.kept_tensors().values()), "refusal": None}
+    kept = module.kept_tensors()
+    # In an encoder nothing is computed once for all texts: rows before its texts stay rows.
+    folds = found.folds_to_key_value and module.encoder_rows() is None
+    return {
+        "folds_to_key_value": folds,
+        "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "kept": sum(t.numel() for t in kept.values()),
+        "refusal": None,
+    }
 
 
 def _row(name: str) -> dict[str, Any]:
@@ -33,5 +40,5 @@ def _row(name: str) -> dict[str, Any]:
         "paper": found.paper,
         "parts": list(found.parts),
         "folds_to_key_value": found.folds_to_key_value,
-        "needs": ["a second text for every example"] if found.reads_second_text else [],
+        "needs": [*(["a second text for every example"] if found.reads_second_text else []), *found.needs],
     }

@@ -83,6 +83,7 @@ class Palt(MethodModule):
     Config = PaltConfig
     summary = "prompts and calibration that tell true triples from false ones (PALT, Shen et al. 2022)"
     paper = "arXiv 2210.13715"
+    needs = ("triples", "an encoder")
     parts = ("soft tokens", "square maps")
 
     def __init__(

@@ -57,6 +57,7 @@ class SpecialTokens(MethodModule):
     Config = SpecialTokensConfig
     summary = "embeddings of new tokens, read and scored (semantic parsing of Sun et al. 2022)"
     paper = "arXiv 2203.02652"
+    needs = ("new tokens (config.tokens), or targets in which they are found",)
     parts = ("embeddings",)
 
     def __init__(self, config: SpecialTokensConfig, tensors: Mapping[str, Tensor]) -> None:
