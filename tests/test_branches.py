@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from antefix.attach import attached
 from antefix.attention.attend import attend_partial
-from antefix.attention.branch import Acting, Attention, Branch, Call, Places, Share, acted, merged
+from antefix.attention.branch import Acting, Attention, Branch, Call, Places, Share, Subset, acted, merged
 from antefix.attention.partial import KeySet, Partial, Scores
 from antefix.attention.slot_share import SlotBranch
 from antefix.base import Base
@@ -48,7 +48,7 @@ def of_tokens() -> Partial:
     return attend_partial(QUERY, TOKENS, [], SCORES)
 
 
-def attention_with(branch: Branch, here: Tensor | None = None) -> float:
+def attention_with(branch: Branch, some: Subset | None = None) -> float:
     def call(memory: dict[str, Tensor]) -> Call:
         return Call(
             query_BHTD=QUERY, scores=SCORES, tokens=of_tokens, places=lambda: pytest.fail("not asked for"),
@@ -56,7 +56,7 @@ def attention_with(branch: Branch, here: Tensor | None = None) -> float:
         )  # fmt: skip
 
     attention = Attention(lambda: of_tokens().out_BHTE, of_tokens)
-    out, residual = acted(attention, [Acting(branch, here, {})], call)
+    out, residual = acted(attention, [Acting(branch, some, {})], call)
     return float(out) + (0.0 if residual is None else float(residual))
 
 
@@ -93,7 +93,8 @@ def test_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_where_a_row_does_not_carry_it_nothing_is_left(name: str) -> None:
-    assert attention_with(BY_HAND[name][0], torch.zeros(1, 1, dtype=torch.bool)) == pytest.approx(2.462117, abs=2e-6)
+    nowhere = Subset(torch.zeros(0, dtype=torch.long), of_tokens=True)
+    assert attention_with(BY_HAND[name][0], nowhere) == pytest.approx(2.462117, abs=2e-6)
 
 
 def test_merging_is_one_softmax_over_all() -> None:

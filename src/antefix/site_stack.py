@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from antefix.at_work import AtWork
-from antefix.attention.branch import Acting, Call
+from antefix.attention.branch import Acting, Call, Subset
 from antefix.attention.forest import Forest
 from antefix.attention.hook import is_bare, put_at_site
 from antefix.attention.partial import KeySet, Partial, Scores
@@ -104,10 +104,11 @@ class SiteStack:
         if isinstance(index, int):
             chosen = () if index == BARE else every[index]
             return [Acting(b, None, self._memory_of(index, n)) for n, b in enumerate(chosen)]
-        of_query = index[:, None] if forest is None else index[forest.tree_of_token][None]
         used = set(index.tolist())
+        of_query = index if forest is None else index[forest.tree_of_token]
+        some = {n: Subset((of_query == n).nonzero().flatten(), forest is not None) for n in used}
         return [
-            Acting(branch, of_query == n, self._memory_of(n, place))
+            Acting(branch, some[n], self._memory_of(n, place), place)
             for n, branches in enumerate(every)
             if n in used
             for place, branch in enumerate(branches)

@@ -7,7 +7,7 @@ A branch is asked once a call and answers with an effect:
 - `Addend`: it is added to the merged attention, before the output projection.
 - `Residual`: it is added to what the output projection gives.
 
-A branch computes for every query; where a row does not carry it, what it gives is taken back.
+A branch is asked for the queries that carry it alone: some rows of a batch, or the tokens of some trees of a forest.
 
 Axes: B rows, T queries, P slots, H query heads, D key width, E value width, C width of hidden states, N texts.
 """
@@ -15,8 +15,8 @@ Axes: B rows, T queries, P slots, H query heads, D key width, E value width, C w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,27 @@ class Places:
         return self.is_source | (self.is_target & (self.index == 0))
 
 
+class Subset(NamedTuple):
+    """Some of the queries of a call: rows, or in a forest, which is one row, tokens."""
+
+    which: Tensor
+    of_tokens: bool
+
+    def of(self, x: Tensor, token_axis: int) -> Tensor:
+        """Their part of a tensor with rows first; one row stands for all."""
+        axis = self._axis(token_axis)
+        return x if axis == 0 and len(x) == 1 else x.index_select(axis, self.which)
+
+    def spread(self, x: Tensor, token_axis: int, size: int, rest: float) -> Tensor:
+        """What `of` gave in its places among so many, and `rest` elsewhere."""
+        axis = self._axis(token_axis)
+        shape = [size if n == axis else length for n, length in enumerate(x.shape)]
+        return x.new_full(shape, rest).index_copy(axis, self.which, x)
+
+    def _axis(self, token_axis: int) -> int:
+        return token_axis if self.of_tokens else 0
+
+
 class Condition(NamedTuple):
     """What second texts of the rows are: states of so many tokens, and which of them are there."""
 
@@ -103,6 +124,30 @@ class Call:
     """Of the rows' second texts. Raises PrefixError where nobody gave them."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """What this branch keeps from the beginning of texts to their continuation."""
+
+    def at(self, subset: Subset) -> Call:
+        """The same call for some of its queries. Texts keep their numbers, so that what is kept of them is found."""
+
+        def places() -> Places:
+            p = self.places()
+            is_source, is_target, index, source_length, text = (
+                subset.of(x, 1) for x in (p.is_source, p.is_target, p.index, p.source_length, p.text)
+            )
+            return replace(
+                p, is_source=is_source, is_target=is_target, index=index, source_length=source_length, text=text
+            )
+
+        def condition() -> Condition:
+            return self.condition() if subset.of_tokens else Condition(*(subset.of(x, 1) for x in self.condition()))
+
+        return replace(
+            self,
+            query_BHTD=subset.of(self.query_BHTD, 2),
+            tokens=lambda: Partial(*(subset.of(x, 2) for x in self.tokens())),
+            places=places,
+            hidden=lambda: subset.of(self.hidden(), 1),
+            condition=condition,
+        )
 
     def whole_prompt(self) -> Tensor:
         """Which tokens are a prompt's. Raises PrefixError where this pass reads only a part of some source."""
@@ -145,11 +190,13 @@ class Branch:
 
 
 class Acting(NamedTuple):
-    """A branch with the queries that it acts on: (B or 1, T or 1) booleans, None for all."""
+    """A branch with the queries that it acts on; None: on all."""
 
     branch: Branch
-    here_BT: Tensor | None
+    subset: Subset | None
     memory: dict[str, Tensor]
+    place: int = 0
+    """Among the branches of its prefix. Those of one place, of different prefixes, act on different queries."""
 
 
 class Attention(NamedTuple):
@@ -165,7 +212,7 @@ def acted(
     attention: Attention, acting: Sequence[Acting], call: Callable[[dict[str, Tensor]], Call]
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the effects of these branches: (B, H, T, E), and what is added behind the projection."""
-    effects = [_limited(a.branch(call(a.memory)), a.here_BT) for a in acting]
+    effects = _joined([(a, _effect(a, call(a.memory))) for a in acting], call)
     shares = [e for e in effects if isinstance(e, Share)]
     out = merged(attention.partial(), shares) if shares else attention.whole()
     for addend in (e for e in effects if isinstance(e, Addend)):
@@ -188,11 +235,31 @@ def merged(base: Partial, shares: Sequence[Share]) -> Tensor:
     return (num / torch.where(mass > 0, mass, 1.0)[..., None]).to(base.out_BHTE.dtype)
 
 
-def _limited(effect: Any, here_BT: Tensor | None) -> Any:
-    if here_BT is None:
-        return effect
-    if isinstance(effect, Share):
-        return effect._replace(shift_BHT=torch.where(here_BT[:, None], effect.shift_BHT, -torch.inf))
-    if isinstance(effect, Addend):
-        return Addend(torch.where(here_BT[:, None, :, None], effect.out_BHTE, 0.0))
-    return Residual(torch.where(here_BT[..., None], effect.out_BTC, 0.0))
+Effect = Share | Addend | Residual
+
+_TOKEN_AXIS: dict[type[Effect], int] = {Share: 2, Addend: 2, Residual: 1}
+
+
+def _effect(acting: Acting, call: Call) -> Effect:
+    return acting.branch(call if acting.subset is None else call.at(acting.subset))
+
+
+def _joined(found: Sequence[tuple[Acting, Effect]], call: Callable[[dict[str, Tensor]], Call]) -> list[Effect]:
+    """On every query of the call: one effect for all of a kind that stand in one place."""
+    whole = [effect for acting, effect in found if acting.subset is None]
+    parts: dict[tuple[int, type[Effect]], list[tuple[Subset, Effect]]] = {}
+    for acting, effect in found:
+        if acting.subset is not None:
+            parts.setdefault((acting.place, type(effect)), []).append((acting.subset, effect))
+    query_BHTD = call({}).query_BHTD
+    return whole + [_spread(kind, of_kind, query_BHTD) for (_, kind), of_kind in parts.items()]
+
+
+def _spread(kind: type[Effect], parts: Sequence[tuple[Subset, Effect]], query_BHTD: Tensor) -> Effect:
+    """Effects on unlike queries as one on all; elsewhere it is none."""
+    of_tokens, token_axis = parts[0][0].of_tokens, _TOKEN_AXIS[kind]
+    everywhere = Subset(torch.cat([subset.which for subset, _ in parts]), of_tokens)
+    axis, size = (token_axis, query_BHTD.shape[2]) if of_tokens else (0, len(query_BHTD))
+    rest = (0.0, 0.0, -torch.inf) if kind is Share else (0.0,)
+    tensors = (torch.cat(of_field, axis) for of_field in zip(*(effect for _, effect in parts), strict=True))
+    return kind(*(everywhere.spread(t, token_axis, size, r) for t, r in zip(tensors, rest, strict=True)))
