@@ -31,7 +31,7 @@ from arms import Ours, Schedule, pairs_of, scored, trained  # isort: skip
 from method_costs import costs  # isort: skip
 from methods_report import write_report  # isort: skip
 from smollm import smollm  # isort: skip
-from units import ROOT, Unit, announce, finish  # isort: skip
+from units import ROOT, Unit, announce, best_rate, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "methods_side_by_side"
 BUDGET = 115_200
@@ -82,7 +82,7 @@ def main() -> None:
     timed = {"costs": Unit(partial(costs, e2e, configs), 900.0)}
     announce(RESULTS / "units", searches | finals | timed)
     searched = finish(RESULTS / "units", searches)
-    best = {name: best_rate(searched, name) for name in configs}
+    best = {name: best_rate(searched, f"search_{key(name)}", last_dev_loss) for name in configs}
     finals = {
         f"final_{key(name)}_seed_{seed}": Unit(
             partial(run, e2e, method, config, best[name], 1000, seed, final=True), 330.0
@@ -114,11 +114,10 @@ def key(name: str) -> str:
     return name.replace("'", "").replace(" ", "_")
 
 
-def best_rate(found: dict[str, dict[str, Any]], name: str) -> float:
-    """By the dev loss at the end of a search."""
-    units = [u for unit_name, u in found.items() if unit_name.rpartition("_")[0] == f"search_{key(name)}"]
-    sound = [u for u in units if u["pairs_seen_and_dev_loss"][-1][1] is not None]
-    return float(min(sound, key=lambda u: u["pairs_seen_and_dev_loss"][-1][1])["learning_rate"])
+def last_dev_loss(unit: dict[str, Any]) -> float | None:
+    """At the end of a run; None: it is no number."""
+    loss: float | None = unit["pairs_seen_and_dev_loss"][-1][1]
+    return loss
 
 
 def run(

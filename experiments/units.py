@@ -52,10 +52,16 @@ def finish(folder: Path, units: Mapping[str, Unit]) -> dict[str, dict[str, Any]]
     return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in units}
 
 
-def best_rate(found: Mapping[str, dict[str, Any]], search: str) -> float:
-    """The learning rate with the lowest dev loss among the units whose names are this one's with a number behind."""
+def best_rate(
+    found: Mapping[str, dict[str, Any]], search: str, dev_loss: Callable[[dict[str, Any]], float | None] | None = None
+) -> float:
+    """The learning rate with the lowest dev loss among the units whose names are this one's with a number behind.
+
+    dev_loss: where a unit has it, None for one that is no number; without: under its name.
+    """
     units = [unit for name, unit in found.items() if name.rpartition("_")[0] == search]
-    return float(min(units, key=lambda u: u["dev_loss"])["learning_rate"])
+    losses = [(u["dev_loss"] if dev_loss is None else dev_loss(u), float(u["learning_rate"])) for u in units]
+    return min((loss, rate) for loss, rate in losses if loss is not None)[1]
 
 
 def _done_here(folder: Path, name: str, unit: Unit) -> bool:

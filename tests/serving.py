@@ -70,7 +70,7 @@ def alone(base: Base, bank: Bank, job: Job, **arguments: Any) -> tuple[list[int]
             return _generated(base, list(job.prompt), job, arguments)
         (prefix,) = prefixes
         with attached(base.model, prefix) as attachment:
-            ids = [*job.prompt, *[base.tokenizer.pad_token_id] * attachment.num_inserted(0)]
+            ids = [*job.prompt, *[base.tokenizer.pad_token_id] * attachment.module_of(0).num_inserted_tokens]
             attachment.source_lengths = len(ids)
             return _generated(base, ids, job, arguments)
 

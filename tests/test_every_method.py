@@ -51,7 +51,7 @@ def loss_of(base: Base, batch: dict[str, Tensor]) -> Tensor:
 def with_prompts(base: Base, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """An encoder scores no new tokens: they are learned where texts hold them."""
     attachment = current_attachment(base.model)
-    symbols = () if attachment is None else attachment.symbols_of(0)
+    symbols = () if attachment is None else attachment.module_of(0).symbols
     if not symbols or find_sites(base.model).is_causal:
         return batch
     first = base.model.get_input_embeddings().weight.shape[0]

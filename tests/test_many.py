@@ -22,13 +22,13 @@ from antefix.data.plan import all_units
 from antefix.errors import TrainingError
 from antefix.prefix import Prefix
 from antefix.training.identity import Identity, identity_of
-from antefix.training.learner import Learner
 from antefix.training.many import ManyReport, train_many
 from antefix.training.many_report import report_of
 from antefix.training.many_run import ManyPlan, plan_many, work_of
 from antefix.training.prepared import prepare_recipe
 from antefix.training.recipe import Recipe
 from antefix.training.run import train
+from antefix.training.user_learner import UserLearner
 from antefix.training.users import User, Users, prefix_name
 
 SHARED_METHODS: dict[str, dict[str, Any]] = {
@@ -242,19 +242,19 @@ def test_a_user_whose_loss_is_no_number_fails_alone(tmp_path: Path, monkeypatch:
     """LoRA's networks meet every token of a batch: one that is no number would spoil all."""
     base = tiny_base("llama")
     made, healthy = recipe(tmp_path / "ill", "lora"), recipe(tmp_path / "healthy", "lora")
-    begin = Learner._next_step
+    begin = UserLearner._next_step
 
-    def spoilt(self: Learner) -> None:
+    def spoilt(self: UserLearner) -> None:
         begin(self)
         if self.user.name == "t.Inn" and self.progress.step == 2:
             with torch.no_grad():
                 next(iter(self.module.parameters())).fill_(math.nan)
 
-    monkeypatch.setattr(Learner, "_next_step", spoilt)
+    monkeypatch.setattr(UserLearner, "_next_step", spoilt)
     _, failed = many(base, made)
     assert list(failed) == ["t.Inn"]
     assert failed["t.Inn"].startswith("step 3: the loss is nan; lower learning_rate (now 0.02)")
-    monkeypatch.setattr(Learner, "_next_step", begin)
+    monkeypatch.setattr(UserLearner, "_next_step", begin)
     many(base, healthy)
     for one in USERS[1:]:
         assert_close(tensors(made, one), tensors(healthy, one))

@@ -47,6 +47,7 @@ from antefix.weights_at_work import WeightsAtWork
 
 _SUBMODULE = "antefix"
 _STACK_ATTRIBUTE = "antefix_attachments"
+_NOTHING = MethodModule()
 _WEIGHTS_FOR_ALL = "a prefix of the base's own weights is the same for all rows of a batch"
 
 
@@ -271,7 +272,7 @@ class Attachment:
 
     def head_of(self, index: int) -> Head:
         """What reads labels off the states of rows with this prefix. Raises PrefixError where it labels nothing."""
-        head = None if index == BARE else self._modules[index].head
+        head = self.module_of(index).head
         if head is None:
             raise PrefixError("a row's prefix has no head that labels: it was not trained to classify or to tag")
         return head
@@ -281,17 +282,9 @@ class Attachment:
         """Whether more is scored than the base's own words."""
         return any(m.symbols for m in self._modules)
 
-    def symbols_of(self, index: int) -> tuple[str, ...]:
-        """The new tokens of a row with this prefix."""
-        return () if index == BARE else self._modules[index].symbols
-
-    def num_inserted(self, index: int) -> int:
-        """How many tokens a row with this prefix has between its source and its target."""
-        return 0 if index == BARE else self._modules[index].num_inserted_tokens
-
-    def reads_condition(self, index: int) -> bool:
-        """Whether a row with this prefix has a second text."""
-        return index != BARE and self._modules[index].condition_length is not None
+    def module_of(self, index: int) -> MethodModule:
+        """The prefix of rows with this index, to be asked what it needs; of bare rows one that is nothing."""
+        return _NOTHING if index == BARE else self._modules[index]
 
     @property
     def condition_length(self) -> int | None:

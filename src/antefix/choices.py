@@ -60,8 +60,8 @@ def _encoded(
     for_encoder = bool(base.model.config.is_encoder_decoder)
     every: list[EncodedExample] = []
     for example, n in zip(examples, index, strict=True):
-        inserted = 0 if attachment is None else attachment.num_inserted(n)
+        inserted = 0 if attachment is None else attachment.module_of(n).num_inserted_tokens
         limits = Limits(context=base.context_length, inserted=inserted)
-        tokenizer = base.tokenizer if attachment is None else base.tokenizer_with(attachment.symbols_of(n))
+        tokenizer = base.tokenizer if attachment is None else base.tokenizer_with(attachment.module_of(n).symbols)
         every += task.encode([example], text_format, tokenizer, limits, for_encoder=for_encoder).examples
     return Encoded(tuple(every), 0, 0, for_encoder, are_choices=True)

@@ -180,7 +180,9 @@ def _only_frames(
         return {}
     attachment = current_attachment(base.model)
     symbols = (
-        () if attachment is None else {s for n in range(len(attachment.prefixes)) for s in attachment.symbols_of(n)}
+        ()
+        if attachment is None
+        else {s for n in range(len(attachment.prefixes)) for s in attachment.module_of(n).symbols}
     )
     labels = sorted(symbol[1:] for symbol in symbols if symbol.startswith("["))
     start = 1 if base.model.config.is_encoder_decoder else max(map(len, ids))
@@ -201,7 +203,7 @@ def _tokenizers(base: Base, num_sources: int, rows: torch.Tensor | None) -> list
     if attachment is None or not attachment.has_new_tokens:
         return [base.tokenizer] * num_sources
     indices = _indices(base, num_sources, rows)
-    known = {n: base.tokenizer_with(attachment.symbols_of(n)) for n in set(indices)}
+    known = {n: base.tokenizer_with(attachment.module_of(n).symbols) for n in set(indices)}
     return [known[n] for n in indices]
 
 
@@ -211,7 +213,9 @@ def _with_inserted(base: Base, ids: list[list[int]], rows: torch.Tensor | None) 
     if attachment is None:
         return ids
     pad, indices = base.tokenizer.pad_token_id, _indices(base, len(ids), rows)
-    return [source + [pad] * attachment.num_inserted(n) for source, n in zip(ids, indices, strict=True)]
+    return [
+        source + [pad] * attachment.module_of(n).num_inserted_tokens for source, n in zip(ids, indices, strict=True)
+    ]
 
 
 def _condition(base: Base, sources: Sequence[Example | Source], rows: torch.Tensor | None) -> Condition | None:
@@ -225,7 +229,7 @@ def _condition(base: Base, sources: Sequence[Example | Source], rows: torch.Tens
         return None
     texts: list[tuple[int, ...]] = []
     for source, index in zip(sources, _indices(base, len(sources), rows), strict=True):
-        if not attachment.reads_condition(index):
+        if attachment.module_of(index).condition_length is None:
             texts.append(())
         elif isinstance(source, Example):
             texts.append(encode_condition(source, base.tokenizer, length))

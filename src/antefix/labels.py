@@ -89,7 +89,9 @@ def scores_each(
     index = [0] * len(plain) if rows is None else rows.tolist()
     for_encoder = not find_sites(base.model).is_causal
     encoders = {
-        n: labelling[n].encoder(formats[n], base.tokenizer_with(attachment.symbols_of(n)), for_encoder=for_encoder)
+        n: labelling[n].encoder(
+            formats[n], base.tokenizer_with(attachment.module_of(n).symbols), for_encoder=for_encoder
+        )
         for n in set(index)
     }
     encoded = [encoders[n](source) for source, n in zip(plain, index, strict=True)]

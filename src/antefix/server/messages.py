@@ -112,35 +112,17 @@ class Cancel:
     job: str
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Read a prefix into memory now; also one that is there already, if its files changed."""
-
-    request: int
-    name: str
+Action = Literal["load", "unload", "pin", "unpin"]
+"""What is done with a prefix: read it into memory, also where it is there and its files changed; forget it, while jobs
+that have it go on; read it and never drop it for others; let it be dropped again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unload:
-    """Forget a prefix; jobs that have it go on."""
+class Order:
+    """Something to be done with a prefix."""
 
     request: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """Read a prefix into memory, and never drop it for others."""
-
-    request: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unpin:
-    """Let a prefix be dropped for others again."""
-
-    request: int
+    action: Action
     name: str
 
 
@@ -149,13 +131,12 @@ class Drain:
     """Take no more jobs, end when the last one is done."""
 
 
-Order = Load | Unload | Pin | Unpin
 Command = Job | Cancel | Order | Drain
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer to a Load, Unload, Pin or Unpin."""
+    """The answer to an order."""
 
     request: int
     problem: Failed | None

@@ -29,15 +29,12 @@ from antefix.server.messages import (
     Event,
     Failed,
     Job,
-    Load,
     Measured,
     NotStarted,
     Order,
-    Pin,
     Ready,
     Report,
     Token,
-    Unload,
 )
 from antefix.server.residency import Residency
 from antefix.server.settings import EngineSettings
@@ -121,14 +118,13 @@ class _Worker:
 
     def _carried_out(self, order: Order) -> Done:
         try:
-            if isinstance(order, Load):
-                self._residency.load(order.name)
-            elif isinstance(order, Unload):
-                self._residency.unload(order.name)
-            elif isinstance(order, Pin):
-                self._residency.pin(order.name)
-            else:
-                self._residency.unpin(order.name)
+            do = {
+                "load": self._residency.load,
+                "unload": self._residency.unload,
+                "pin": self._residency.pin,
+                "unpin": self._residency.unpin,
+            }[order.action]
+            do(order.name)
         except ServingError as error:
             return Done(order.request, Failed("", str(error), error.kind))
         except Exception as error:

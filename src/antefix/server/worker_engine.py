@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from antefix.errors import ServingError
 from antefix.server import worker
 from antefix.server.messages import (
+    Action,
     Cancel,
     Command,
     Done,
@@ -29,16 +30,12 @@ from antefix.server.messages import (
     Failed,
     Finished,
     Job,
-    Load,
     Measured,
     NotStarted,
     Order,
-    Pin,
     Ready,
     Report,
     Resident,
-    Unload,
-    Unpin,
 )
 from antefix.server.settings import EngineSettings, State, Status
 
@@ -110,21 +107,21 @@ class WorkerEngine:
 
     async def load(self, name: str) -> None:
         """Read a prefix into memory."""
-        await self._order(Load(next(self._numbers), name))
+        await self._order("load", name)
 
     async def unload(self, name: str) -> None:
         """Forget a prefix and its pin."""
-        await self._order(Unload(next(self._numbers), name))
+        await self._order("unload", name)
         self._pinned.discard(name)
 
     async def pin(self, name: str) -> None:
         """Read a prefix into memory and keep it there, also after a restart."""
-        await self._order(Pin(next(self._numbers), name))
+        await self._order("pin", name)
         self._pinned.add(name)
 
     async def unpin(self, name: str) -> None:
         """Let a prefix be dropped for others again."""
-        await self._order(Unpin(next(self._numbers), name))
+        await self._order("unpin", name)
         self._pinned.discard(name)
 
     def resident(self) -> tuple[Resident, ...]:
@@ -244,7 +241,7 @@ class WorkerEngine:
                 self._state = "running"
                 self._ready.set()
                 for name in sorted(self._pinned):
-                    self._send(Pin(next(self._numbers), name))
+                    self._send(Order(next(self._numbers), "pin", name))
             elif isinstance(report, NotStarted):
                 self._refusal = report.message
             elif isinstance(report, Done):
@@ -264,9 +261,10 @@ class WorkerEngine:
             return Failed(job.id, f"{most} requests are open, which is the most: ask again later", "overloaded")
         return None
 
-    async def _order(self, order: Order) -> None:
+    async def _order(self, action: Action, name: str) -> None:
         if self._state != "running":
             raise ServingError("the engine takes no orders now; ask again later", "unavailable")
+        order = Order(next(self._numbers), action, name)
         answer: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
         self._orders[order.request] = answer
         self._send(order)

@@ -35,8 +35,10 @@ from antefix.parts.key_value import KeyValue
 from antefix.parts.rows import EncoderRows
 from antefix.training.checkpoint import Progress
 from antefix.training.feed import Feed, feed_of
-from antefix.training.loop import Outcome, StepReport, evaluate, evaluation_steps, note_scores
+from antefix.training.learner import Outcome
+from antefix.training.loop import StepReport, evaluate
 from antefix.training.recipe import TrainingRecipe
+from antefix.training.schedule import evaluation_steps
 
 GENERATIONS_FILE = "generations.jsonl"
 MARGIN = 2.0
@@ -92,7 +94,7 @@ def search_loop(
             if progress.step in evaluate_at:
                 scores = known["dev"] if known else evaluate(module, dev_feed, dev_metric)
                 module.eval()
-                is_best = note_scores(progress, scores, recipe)
+                is_best = progress.note(scores, recipe)
                 if is_best:
                     best = module.kept()
             if known is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from antefix import atomic
 from antefix.errors import TrainingError
+from antefix.training.recipe import TrainingRecipe
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
@@ -37,6 +38,19 @@ class Progress:
     """Training time so far, interruptions left out."""
     dev_scores: list[dict[str, float]] = field(default_factory=list)
     stopped_early: bool = False
+
+    def note(self, scores: dict[str, float], recipe: TrainingRecipe) -> bool:
+        """Fresh dev scores; True if this is the best step so far."""
+        self.dev_scores.append({"step": self.step, **scores})
+        score = scores[f"dev_{recipe.dev_metric}"]
+        if recipe.dev_metric == "loss":
+            score = -score
+        if self.best_score is None or score > self.best_score:
+            self.best_score, self.best_step, self.evaluations_without_gain = score, self.step, 0
+            return True
+        self.evaluations_without_gain += 1
+        self.stopped_early = recipe.patience is not None and self.evaluations_without_gain >= recipe.patience
+        return False
 
 
 def save_checkpoint(

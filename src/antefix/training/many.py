@@ -22,13 +22,16 @@ from antefix.base import Base
 from antefix.encoder_rows import BARE
 from antefix.generation import generate_each
 from antefix.metrics import score
-from antefix.training.learner import Learner
 from antefix.training.mixing import Share, passes
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.recompute import recomputing
 from antefix.training.team import Team, Work
+from antefix.training.user_learner import UserLearner
 
 _LATEST_STEPS = 50
+
+Seats = dict[UserLearner, int]
+"""Which of the attached prefixes is whose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,9 @@ def train_many(
         modules = [learner.module for learner in team.at_work]
         recompute = recomputing(base.model) if recipe.activation_checkpointing else nullcontext()
         with attached(base.model, *modules) as attachment, recompute:
-            places = {learner: n for n, learner in enumerate(team.at_work)}
+            seats = {learner: n for n, learner in enumerate(team.at_work)}
             while team.is_complete and len(team.at_work) == len(modules):
-                made = _turn(base, team, attachment, places, recipe)
+                made = _turn(base, team, attachment, seats, recipe)
                 losses.extend(made)
                 num_steps += len(made)
                 passed = time.monotonic() - started
@@ -89,9 +92,7 @@ def train_many(
         team.let_go()
 
 
-def _turn(
-    base: Base, team: Team, attachment: Attachment, places: dict[Learner, int], recipe: TrainingRecipe
-) -> list[float]:
+def _turn(base: Base, team: Team, attachment: Attachment, seats: Seats, recipe: TrainingRecipe) -> list[float]:
     """What is to be done next; returns the losses of the steps that were made.
 
     Dev sets wait for one another until they fill a pass, or nobody can make a step without them.
@@ -100,20 +101,20 @@ def _turn(
     due = [*team.those_who_need("dev_scores"), *team.those_who_need("base_loss")]
     tokens = sum(learner.dev_extent.num_tokens for learner in due)
     if due and (tokens >= budget or not team.those_who_need("step")):
-        _evaluate(base, attachment, due, places, recipe)
+        _evaluate(base, attachment, due, seats, recipe)
         return []
     chosen = team.next_to_step(budget)
-    problems = _gradients(base, attachment, chosen, places, recipe)
+    problems = _gradients(base, attachment, chosen, seats, recipe)
     if problems and len(chosen) > 1:  # a value that is no number may have spoilt the others' gradients as well
         made = []
         for learner in chosen:
-            alone = _gradients(base, attachment, [learner], places, recipe)
+            alone = _gradients(base, attachment, [learner], seats, recipe)
             made += _steps(team, [learner], alone)
         return made
     return _steps(team, chosen, problems)
 
 
-def _steps(team: Team, learners: Sequence[Learner], problems: dict[Learner, str]) -> list[float]:
+def _steps(team: Team, learners: Sequence[UserLearner], problems: dict[UserLearner, str]) -> list[float]:
     made = []
     for learner in learners:
         if learner in problems:
@@ -124,55 +125,71 @@ def _steps(team: Team, learners: Sequence[Learner], problems: dict[Learner, str]
 
 
 def _gradients(
-    base: Base, attachment: Attachment, learners: Sequence[Learner], places: dict[Learner, int], recipe: TrainingRecipe
-) -> dict[Learner, str]:
+    base: Base,
+    attachment: Attachment,
+    learners: Sequence[UserLearner],
+    seats: Seats,
+    recipe: TrainingRecipe,
+) -> dict[UserLearner, str]:
     """The gradients of these users' next steps; whose are no numbers, and why."""
     for learner in learners:
         learner.clear()
-    by_place = {places[learner]: learner for learner in learners}
-    shares = [Share(place, place, one.prepared.train_set, one.units) for place, one in by_place.items()]
+    by_seat = {seats[learner]: learner for learner in learners}
+    shares = [Share(seat, seat, one.prepared.train_set, one.units) for seat, one in by_seat.items()]
     form = learners[0].form
     for mixed in passes(base.model, attachment, shares, form, recipe.tokens_per_batch, recipe.label_smoothing):
-        losses = [by_place[place].step_loss(mixed.of(place)) for place in mixed.owners]
+        losses = [by_seat[seat].step_loss(mixed.of(seat)) for seat in mixed.owners]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
     return {learner: problem for learner in learners if (problem := learner.problem) is not None}
 
 
 @torch.no_grad()
 def _evaluate(
-    base: Base, attachment: Attachment, learners: Sequence[Learner], places: dict[Learner, int], recipe: TrainingRecipe
+    base: Base,
+    attachment: Attachment,
+    learners: Sequence[UserLearner],
+    seats: Seats,
+    recipe: TrainingRecipe,
 ) -> None:
     """Fresh dev scores, or the dev loss of the bare base, for those who need the one or the other."""
     with_prefix = [learner for learner in learners if learner.needs == "dev_scores"]
     for learner in learners:
         learner.module.eval()
-    losses = _dev_losses(base, attachment, learners, places, recipe)
-    further = {} if recipe.dev_metric == "loss" else _written_scores(base, attachment, with_prefix, places, recipe)
+    losses = _dev_losses(base, attachment, learners, seats, recipe)
+    further = {} if recipe.dev_metric == "loss" else _written_scores(base, attachment, with_prefix, seats, recipe)
     for learner, loss in losses.items():
         if learner in with_prefix:
-            learner.note({"dev_loss": loss, **further.get(learner, {})})
+            learner.learner.note({"dev_loss": loss, **further.get(learner, {})})
         else:
             learner.base_loss = loss
         learner.module.train()
 
 
 def _dev_losses(
-    base: Base, attachment: Attachment, learners: Sequence[Learner], places: dict[Learner, int], recipe: TrainingRecipe
-) -> dict[Learner, float]:
+    base: Base,
+    attachment: Attachment,
+    learners: Sequence[UserLearner],
+    seats: Seats,
+    recipe: TrainingRecipe,
+) -> dict[UserLearner, float]:
     """Of each with what it learned, or of the bare base where it needs that."""
-    rows = {one: places[one] if one.needs == "dev_scores" else BARE for one in learners}
-    shares = [Share(places[one], row, one.prepared.dev_set, one.dev_units) for one, row in rows.items()]
-    totals = torch.zeros(len(places), dtype=torch.float64)
+    rows = {one: seats[one] if one.needs == "dev_scores" else BARE for one in learners}
+    shares = [Share(seats[one], row, one.prepared.dev_set, one.dev_units) for one, row in rows.items()]
+    totals = torch.zeros(len(seats), dtype=torch.float64)
     for mixed in passes(base.model, attachment, shares, learners[0].form, recipe.tokens_per_batch):
         totals.index_add_(0, mixed.owner_M.cpu(), mixed.losses_M.double().cpu())
     if len(learners) > 1 and not bool(totals.isfinite().all()):  # as with gradients: one may have spoilt all
-        return {one: _dev_losses(base, attachment, [one], places, recipe)[one] for one in learners}
-    return {one: float(totals[places[one]]) / one.num_target_tokens_of_dev for one in learners}
+        return {one: _dev_losses(base, attachment, [one], seats, recipe)[one] for one in learners}
+    return {one: float(totals[seats[one]]) / one.num_target_tokens_of_dev for one in learners}
 
 
 def _written_scores(
-    base: Base, attachment: Attachment, learners: Sequence[Learner], places: dict[Learner, int], recipe: TrainingRecipe
-) -> dict[Learner, dict[str, float]]:
+    base: Base,
+    attachment: Attachment,
+    learners: Sequence[UserLearner],
+    seats: Seats,
+    recipe: TrainingRecipe,
+) -> dict[UserLearner, dict[str, float]]:
     """The recipe's metric on what each writes for the beginning of its dev set; all write together."""
     if not learners:
         return {}
@@ -180,7 +197,7 @@ def _written_scores(
         one: [e for e in one.prepared.dev_examples if e.targets][: recipe.dev_metric_sources] for one in learners
     }
     prepared = learners[0].prepared
-    attachment.rows = [places[one] for one, examples in of_each.items() for _ in examples]
+    attachment.rows = [seats[one] for one, examples in of_each.items() for _ in examples]
     texts = dict(
         generate_each(
             base,
@@ -189,7 +206,7 @@ def _written_scores(
             decoding=prepared.decoding,
         )
     )
-    found: dict[Learner, dict[str, float]] = {}
+    found: dict[UserLearner, dict[str, float]] = {}
     first, metric = 0, recipe.dev_metric
     for one, examples in of_each.items():
         written = [texts[first + n] for n in range(len(examples))]

@@ -20,10 +20,11 @@ from antefix.errors import TrainingError
 from antefix.methods import method_class
 from antefix.prefix import Prefix, read_card
 from antefix.training.identity import Identity, identity_of, is_done, recipe_digest
-from antefix.training.loop import StepReport, planned_steps_of
+from antefix.training.loop import StepReport
 from antefix.training.prepared import Prepared, built, prepare_recipe
 from antefix.training.recipe import Recipe, with_values
 from antefix.training.run import run
+from antefix.training.schedule import planned_steps_of
 from antefix.training.shareable import check_shareable
 from antefix.training.team import Work
 from antefix.training.users import User, Users, pairs_of

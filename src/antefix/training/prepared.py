@@ -29,8 +29,8 @@ from antefix.sites import find_sites
 from antefix.tasks import LabelTask, Task, TaskName, task_of
 from antefix.tasks.triples import with_negatives
 from antefix.training.black_box import planned_generations
-from antefix.training.loop import planned_steps
 from antefix.training.recipe import Recipe, TrainingRecipe, checked_config
+from antefix.training.schedule import planned_steps
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from antefix.tasks import TaskName
 from antefix.training.black_box import GENERATIONS_FILE, search_loop
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import Journal
-from antefix.training.loop import Outcome, StepReport, train_loop
+from antefix.training.learner import Outcome
+from antefix.training.loop import StepReport, train_loop
 from antefix.training.prepared import Prepared, prepare
 from antefix.training.recipe import Recipe, TrainingRecipe
 

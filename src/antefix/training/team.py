@@ -11,10 +11,10 @@ from antefix.attach import attached
 from antefix.batches.form import BatchForm, batch_form
 from antefix.errors import AntefixError
 from antefix.prefix import Prefix
-from antefix.training.learner import Learner, Need
 from antefix.training.mixing import Extent
 from antefix.training.prepared import Prepared
 from antefix.training.run import card_of
+from antefix.training.user_learner import Need, UserLearner
 from antefix.training.users import User
 
 PASSES_AT_WORK = 4
@@ -49,7 +49,7 @@ class Team:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._waiting = deque(work.users)
-        self.at_work: list[Learner] = []
+        self.at_work: list[UserLearner] = []
         self.form: BatchForm | None = None
         """Of all batches; asked of the base with the first prefix."""
         self.num_done = 0
@@ -64,7 +64,7 @@ class Team:
     @property
     def num_steps_left(self) -> int:
         """Of all users together, if none stops early."""
-        return self._steps_of_waiting + sum(learner.num_steps_left for learner in self.at_work)
+        return self._steps_of_waiting + sum(one.learner.num_steps_left for one in self.at_work)
 
     @property
     def is_complete(self) -> bool:
@@ -86,36 +86,36 @@ class Team:
 
     def let_go(self) -> None:
         """Those who are over leave, and what they learned is kept."""
-        for learner in [one for one in self.at_work if one.needs is None]:
-            self.at_work.remove(learner)
-            prefix = self._prefix(learner)
+        for one in [one for one in self.at_work if one.needs is None]:
+            self.at_work.remove(one)
+            prefix = self._prefix(one)
             try:
-                self._work.keep(learner.user, prefix)
+                self._work.keep(one.user, prefix)
             except AntefixError as error:
-                self._gone(learner.user, str(error))
+                self._gone(one.user, str(error))
                 continue
-            learner.forget()
+            one.learner.forget()
             self.num_done += 1
 
-    def dismiss(self, learner: Learner, reason: str) -> None:
+    def dismiss(self, one: UserLearner, reason: str) -> None:
         """This one cannot go on."""
-        self.at_work.remove(learner)
-        learner.forget()
-        self._gone(learner.user, reason)
+        self.at_work.remove(one)
+        one.learner.forget()
+        self._gone(one.user, reason)
 
     def save(self, *, at_once: bool = False) -> None:
         """Checkpoints of all at work, where they are due."""
-        for learner in self.at_work:
-            learner.save(at_once=at_once)
+        for one in self.at_work:
+            one.learner.save(at_once=at_once)
 
-    def those_who_need(self, need: Need) -> list[Learner]:
+    def those_who_need(self, need: Need) -> list[UserLearner]:
         """The ones who are behind first."""
-        return sorted((one for one in self.at_work if one.needs == need), key=lambda one: one.progress.step)
+        return sorted((one for one in self.at_work if one.needs == need), key=lambda one: one.steps_done)
 
-    def next_to_step(self, tokens_per_batch: int) -> list[Learner]:
+    def next_to_step(self, tokens_per_batch: int) -> list[UserLearner]:
         """Whose steps fill one forward pass; one alone if its step takes several."""
         assert self.form is not None
-        chosen: list[Learner] = []
+        chosen: list[UserLearner] = []
         extent = Extent(0, 0, 0)
         for learner in self.those_who_need("step"):
             more = extent.beside(learner.extent)
@@ -124,13 +124,13 @@ class Team:
                 extent = more
         return chosen
 
-    def _learner(self, user: User) -> Learner:
+    def _learner(self, user: User) -> UserLearner:
         prepared = self._work.prepare(user)
         if self.form is None:
             with attached(prepared.base.model, prepared.module.eval()):
                 self.form = batch_form(prepared.base.model, prepared.train_set, prepared.training.packed)
         folder = self._work.checkpoints
-        return Learner(user, prepared, self.form, None if folder is None else folder / f"{user.name}.safetensors")
+        return UserLearner(user, prepared, self.form, None if folder is None else folder / f"{user.name}.safetensors")
 
     def _room(self) -> int:
         budget = self.at_work[0].prepared.training.tokens_per_batch
@@ -143,7 +143,7 @@ class Team:
         self.num_done += 1
         self._work.fail(user, reason)
 
-    def _prefix(self, learner: Learner) -> Prefix:
+    def _prefix(self, learner: UserLearner) -> Prefix:
         work, outcome = self._work, learner.outcome()
         card = card_of(learner.prepared, outcome, work.tags, work.licence, work.notes)
         prefix = Prefix(outcome.tensors, card)
