@@ -6,12 +6,14 @@ A page's python and bash examples run in order, in one folder, with a tiny model
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import antefix
-from antefix import embedded
+from antefix import embedded, errors
 from antefix.cli import app
 from antefix.errors import AntefixError
 from antefix.methods import METHODS
@@ -137,3 +139,67 @@ def test_figures_are_those_of_the_results(page: Path) -> None:
         cells = [f"{found['scores'][metric]:.4f}" for metric in ("bleu", "nist", "meteor", "rouge_l", "cider")]
         cells += [f"{100 * found['fields']['missing_share']:.1f} %", f"{100 * found['fields']['added_share']:.2f} %"]
         assert f"| {' | '.join(cells)} |" in text
+
+
+# --- the pages that name code ---------------------------------------------------------------------------------
+
+SOURCE = ROOT / "src" / "antefix"
+SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+
+
+def as_said(node: ast.AST) -> str | None:
+    """A text of the source as a page quotes it: `…` for what changes; None for what is no text."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if not isinstance(node, ast.JoinedStr):
+        return None
+    said = "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+    return re.sub("…+", "…", said)
+
+
+def texts_in(node: ast.AST) -> Iterator[str]:
+    """Every whole text below a node, pieces of an f-string not counted."""
+    said = as_said(node)
+    if said is not None:
+        yield said
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from texts_in(child)
+
+
+def raised(name: str) -> set[str]:
+    """The lines with which the source makes an error of this class."""
+    calls = [n for tree in SOURCES.values() for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    mine = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == name]
+    return {text for call in mine for argument in call.args[:1] for text in texts_in(argument)}
+
+
+def quoted(section: str) -> list[str]:
+    """The error lines of a section: the code spans that its list items begin with."""
+    items = [item for item in re.findall(r"^- (.*)", section, re.MULTILINE) if item.startswith("`")]
+    return [CODE_SPAN.match(item)[2].strip() for item in items]  # type: ignore[index]
+
+
+ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", TROUBLE, flags=re.MULTILINE)[1:]}
+
+
+def test_texts_of_the_source_are_told_as_a_page_quotes_them() -> None:
+    tree = ast.parse("raise DataError(f'{a}, line {b}{c}: no ' f'{d!r} in ' 'it') if x else DataError('all' + 'two')")
+    assert list(texts_in(tree)) == ["…, line …: no … in it", "all", "two"]
+    assert quoted("- `a …` Text `b`.\n- Words `c`\n- ``d `e` `` f\n") == ["a …", "d `e`"]
+
+
+def test_every_error_has_its_place_on_the_page_of_troubles() -> None:
+    assert set(ERRORS) - {"AntefixError"} <= SECTIONS.keys()
+    assert "`AntefixError`" in TROUBLE
+    assert all(quoted(SECTIONS[name]) for name in ERRORS if name != "AntefixError")
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_the_lines_that_the_page_of_troubles_quotes_are_those_of_the_source(title: str) -> None:
+    known = raised(title) if title in ERRORS else {text for tree in SOURCES.values() for text in texts_in(tree)}
+    for line in quoted(SECTIONS[title]):
+        assert line in known, f"no {title} says: {line}"
