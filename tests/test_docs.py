@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_base
+from test_layout import LAYERS
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -146,6 +147,7 @@ def test_figures_are_those_of_the_results(page: Path) -> None:
 SOURCE = ROOT / "src" / "antefix"
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
 TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 
 
@@ -203,3 +205,23 @@ def test_the_lines_that_the_page_of_troubles_quotes_are_those_of_the_source(titl
     known = raised(title) if title in ERRORS else {text for tree in SOURCES.values() for text in texts_in(tree)}
     for line in quoted(SECTIONS[title]):
         assert line in known, f"no {title} says: {line}"
+
+
+def test_the_layers_of_the_architecture_page_are_those_that_a_test_holds() -> None:
+    drawn: list[set[str]] = []
+    for line in ARCHITECTURE.partition("```text\n")[2].partition("```")[0].splitlines():
+        if match := re.match(r"(- |  )([^\s,]+(?:, [^\s,]+)*)  ?", line):
+            names = {name.removesuffix("/").removesuffix(".py") for name in match[2].split(", ")}
+            drawn = [*drawn, names] if match[1] == "- " else [*drawn[:-1], drawn[-1] | names]
+    assert drawn == LAYERS
+
+
+def test_the_files_and_names_of_the_architecture_page_exist() -> None:
+    spans = [match[2] for match in CODE_SPAN.finditer(ARCHITECTURE)]
+    paths = [s for s in spans if re.fullmatch(r"[\w/.-]+(\.py|\.md|\.yml|/)", s) and "NAME" not in s]
+    assert len(paths) > 40
+    for path in paths:
+        assert (ROOT / path).exists() or (SOURCE / path).exists(), path
+    for path, name in re.findall(r"`([\w/]+\.py)`\s+`(\w+)`", ARCHITECTURE):
+        code = (SOURCE / path).read_text(encoding="utf-8")
+        assert re.search(rf"\b(def|class) {name}\b", code), f"{path} has no {name}"
