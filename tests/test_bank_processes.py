@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import processes
 from conftest import tiny_model
 from test_prefix_file import tiny_prefix
 
@@ -23,8 +23,10 @@ WORKERS = 4
 SHARED = tuple(f"shared-{n}" for n in range(4))
 
 
-def work(folder: Path, number: int, until: float) -> None:
-    """Prints the names that it owns in the end."""
+def work(folder: Path, number: int, begin: Any, own_file: Path) -> None:
+    """Writes the names that it owns in the end to a file."""
+    begin.wait()
+    until = time.time() + SECONDS
     bank, order = Bank(folder), random.Random(number)
     prefix = bank["first"]
     own: list[str] = []
@@ -68,30 +70,23 @@ def work(folder: Path, number: int, until: float) -> None:
                         assert bank[name].card.config["num_virtual_tokens"] == 2
                     case _:
                         bank.card(name)
-    print(" ".join(own))
+    own_file.write_text(" ".join(own))
 
 
 def test_processes_share_a_bank(tmp_path: Path) -> None:
     bank = Bank(tmp_path / "bank")
     bank.add("first", tiny_prefix(tiny_model("llama"), 2))
-    code = (
-        "import sys, time; from pathlib import Path; from test_bank_processes import work; sys.stdin.readline(); "
-        "work(Path(sys.argv[1]), int(sys.argv[2]), time.time() + float(sys.argv[3]))"
-    )
+    begin = processes().Barrier(WORKERS)
+    files = [tmp_path / f"own-{number}" for number in range(WORKERS)]
     workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(bank.folder), str(number), str(SECONDS)], cwd=Path(__file__).parent,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for number in range(WORKERS)
-    ]  # fmt: skip
-    for worker in workers:  # all of them have imported what they need by the time that they can read this
-        assert worker.stdin is not None
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    said = [worker.communicate(timeout=300) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * WORKERS, "\n".join(errors for _, errors in said)
-    owned = {name for names, _ in said for name in names.split()}
+        processes().Process(target=work, args=(bank.folder, number, begin, file)) for number, file in enumerate(files)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(300)
+    assert [worker.exitcode for worker in workers] == [0] * WORKERS, "what went wrong stands above"
+    owned = {name for file in files for name in file.read_text().split()}
     there = set(bank)
     assert owned, "nobody did anything"
     assert owned <= there

@@ -11,13 +11,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import heed_interrupts, tiny_base
+from commands import Command
+from conftest import tiny_base
 
 ANTEFIX = Path(sys.executable).with_name("antefix")
 
 
 def antefix(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command as a shell starts it."""
     return subprocess.run([ANTEFIX, *words], capture_output=True, text=True, check=False, cwd=folder)
+
+
+def ended(*words: str, folder: Path) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    command = Command(*words, folder=folder)
+    out, err = command.communicate(120)
+    return command.wait(), out, err
 
 
 def test_the_version_and_the_help() -> None:
@@ -43,12 +52,16 @@ def test_the_version_and_the_help() -> None:
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
-    found = antefix(*words, folder=tmp_path)
-    assert found.returncode == 2
-    assert found.stdout == ""
-    assert found.stderr.startswith("antefix: ")
-    assert message in found.stderr
-    assert found.stderr.count("\n") == 1, found.stderr
+    code, out, err = ended(*words, folder=tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith("antefix: ")
+    assert message in err
+    assert err.count("\n") == 1, err
+
+
+def test_a_mistake_is_one_line_from_a_shell_too(tmp_path: Path) -> None:
+    found = antefix("train", "none.toml", folder=tmp_path)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of a terminal")
@@ -57,14 +70,12 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     base.model.save_pretrained(tmp_path / "llama")
     base.tokenizer.save_pretrained(tmp_path / "llama")
     (tmp_path / "a.csv").write_text("name,text\n" + "".join(f"x{n},y\n" for n in range(5000)))
-    command = [ANTEFIX, "generate", "--base", "llama", "-i", "a.csv", "-o", "a.txt", "--set", "num_beams=1"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
-    ) as running:
-        until = time.monotonic() + 60
-        while not (tmp_path / "a.txt.partial").exists() and running.poll() is None and time.monotonic() < until:
-            time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        said = running.communicate(timeout=30)[1]
+    words = ("generate", "--base", "llama", "-i", "a.csv", "-o", "a.txt", "--set", "num_beams=1")
+    running = Command(*words, folder=tmp_path)
+    until = time.monotonic() + 60
+    while not (tmp_path / "a.txt.partial").exists() and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=30)[1]
     assert said.splitlines()[-1] == "antefix: interrupted"
     assert running.returncode == 130

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import heed_interrupts, tiny_model, word_tokenizer
+from commands import Command
+from conftest import tiny_model, word_tokenizer
 from typer.testing import CliRunner
 
 from antefix import embedded
@@ -79,17 +80,11 @@ def test_a_demo_from_end_to_end_and_once_more() -> None:
 
 def interrupted() -> list[str]:
     """The lines of a demo that was interrupted in its training: up to the first step it spoke of."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from antefix.cli import main; main()", "demo"],
-        text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=heed_interrupts,
-    )  # fmt: skip
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("step "):
-            process.send_signal(signal.SIGINT)
-            break
+    process = Command("demo")
+    while process.poll() is None and not re.search("^step ", process.errors_so_far(), re.MULTILINE):
+        time.sleep(0.005)
+    lines = process.errors_so_far().splitlines(keepends=True)
+    process.send_signal(signal.SIGINT)
     _, rest = process.communicate()
     assert process.returncode in (0, 130), rest
     return lines if process.returncode else []
@@ -109,5 +104,6 @@ def test_an_interrupted_demo_goes_on() -> None:
     assert texts not in result.stderr, "measured before the interruption"
     steps = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("step ")]
     assert steps
-    assert lines[-1].split()[1] not in steps, "trained before the interruption"
+    told = [line.split()[1] for line in lines if line.startswith("step ")]
+    assert not set(told) & set(steps), "trained before the interruption"
     assert measured(result)["prefix_bytes"] == Prefix.load(KEPT).num_bytes

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from conftest import tiny_base
+from nbclient import NotebookClient
 
+from antefix import embedded
 from antefix.attach import current_attachment
+from antefix.bank import Bank
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -32,3 +37,17 @@ def test_a_foreign_training_loop_trains_a_prefix(
     assert not any(p.requires_grad for p in base.model.parameters())
     assert current_attachment(base.model) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """In a kernel of its own, with a tiny model in the place of the embedded base; its plots are drawn."""
+    home = Path(os.environ["ANTEFIX_HOME"]) / "bases" / embedded.NAME
+    base = tiny_base("llama")
+    base.model.save_pretrained(home)
+    base.tokenizer.save_pretrained(home)
+    notebook = nbformat.read(EXAMPLES / "prefixes.ipynb", as_version=4)
+    done = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert sorted(Bank(tmp_path / "bank")) == ["plain", "praise"]
+    assert not any(cell.get("outputs") for cell in nbformat.read(EXAMPLES / "prefixes.ipynb", as_version=4).cells)

@@ -7,7 +7,6 @@ import fcntl
 import json
 import random
 import signal
-import subprocess
 import sys
 import time
 import tomllib
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command
 from conftest import tiny_base, tiny_model
 from test_prefix_file import no_file_larger_than
 from typer.testing import CliRunner
@@ -170,14 +170,11 @@ def test_a_trial_killed_between_its_result_and_its_end_has_ended() -> None:
     assert tried(found("--trials", "8")) == tried(whole), "what is drawn later knows of it"
 
 
-def started_search(*words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from antefix.cli import main; main()", "search", "menus.toml", "--json", *words],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+def started_search(*words: str) -> Command:
+    return Command("search", "menus.toml", "--json", *words)
 
 
-def killed_after(process: subprocess.Popen[str], trials: int, wait_seconds: float) -> int:
+def killed_after(process: Command, trials: int, wait_seconds: float) -> int:
     deadline = time.monotonic() + 120
     while process.poll() is None and (not JOURNAL.exists() or JOURNAL.read_text().count('"result"') < trials):
         assert time.monotonic() < deadline, f"no {trials} trials in two minutes"

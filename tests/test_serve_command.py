@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 from served import BASE, Served, make_files, serving
-from test_command_line import antefix
+from test_command_line import ended
 from typer.testing import CliRunner
 
 from antefix.cli import app
@@ -30,9 +30,9 @@ def test_without_a_bank_or_with_wrong_keys_it_is_one_line(tmp_path: Path) -> Non
         (("--api-keys", "keys.toml"), "there is no [[key]] in it"),
         (("--base", "no/such/folder"), "no folder or file 'no/such/folder'"),
     ):
-        found = antefix("serve", "--port", "0", *words, folder=tmp_path)
-        said = [line for line in found.stderr.splitlines() if line.startswith("antefix: ")]
-        assert (found.returncode, len(said)) == (2, 1), found.stderr
+        code, _, errors = ended("serve", "--port", "0", *words, folder=tmp_path)
+        said = [line for line in errors.splitlines() if line.startswith("antefix: ")]
+        assert (code, len(said)) == (2, 1), errors
         assert message in said[0]
 
 

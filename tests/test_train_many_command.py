@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import heed_interrupts, tiny_base
+from commands import Command
+from conftest import tiny_base
 from typer.testing import CliRunner
 
 from antefix.bank import Bank
@@ -151,12 +150,11 @@ def test_what_is_wrong_is_said_in_a_line() -> None:
     assert run("--by", "who") == "orders.csv: 'who' is empty in every row"
 
 
-def command(*words: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "antefix", "train-many", "orders.csv", "menus.toml", "--by", "customer", *words]
-    return subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts)
+def command(*words: str) -> Command:
+    return Command("train-many", "orders.csv", "menus.toml", "--by", "customer", *words)
 
 
-def until_kept(count: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def until_kept(count: int, process: Command, seconds: float = 120) -> None:
     """Wait for so many prefixes in the bank."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and len(list(Path().glob("bank/menus.*/card.json"))) < count:

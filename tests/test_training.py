@@ -6,8 +6,6 @@ import itertools
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Command
 from conftest import ARCHITECTURES, tiny_base, tiny_method
 from safetensors.torch import load_file
 from torch import nn
@@ -169,23 +168,18 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(workplace: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from antefix.cli import main; main()", "train", "inns.toml", *words],
-        cwd=workplace, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+def command(workplace: Path, *words: str) -> Command:
+    return Command("train", "inns.toml", *words, folder=workplace)
 
 
-def finished(process: subprocess.Popen[str], code: int = 0) -> str:
+def finished(process: Command, code: int = 0) -> str:
     """What it said on stderr."""
     _, errors = process.communicate()
     assert process.returncode == code, errors
     return errors
 
 
-def killed_after(
-    process: subprocess.Popen[str], log: Path, steps: int, how: signal.Signals, wait_seconds: float = 0.0
-) -> int:
+def killed_after(process: Command, log: Path, steps: int, how: signal.Signals, wait_seconds: float = 0.0) -> int:
     """Waits until `steps` more steps stand in the log, sends the signal, and returns the exit code.
 
     A process that was faster than its watcher has an exit code of its own choice.

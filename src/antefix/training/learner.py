@@ -21,6 +21,7 @@ from transformers.optimization import Adafactor
 from antefix.batches.form import BatchForm
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, steps
+from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
 from antefix.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from antefix.training.recipe import TrainingRecipe
@@ -87,13 +88,15 @@ class Learner:
         """No gradients: the step begins, or begins anew."""
         self._optimiser.zero_grad(set_to_none=True)
 
-    def problem(self, loss: float) -> str | None:
+    def problem(self, loss: float) -> TrainingError | None:
         """Why the step cannot be made, behind the backward pass; None: it can."""
         self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if math.isfinite(loss) and bool(self._norm.isfinite()):
-            return None
-        what = f"the loss is {loss}" if not math.isfinite(loss) else "its gradient is no number"
-        return f"step {self.progress.step + 1}: {what}; lower learning_rate (now {self._learning_rate:g})"
+        step, rate = self.progress.step + 1, self._learning_rate
+        if not math.isfinite(loss):
+            return TrainingError(f"step {step}: the loss is {loss}; lower learning_rate (now {rate:g})")
+        if not bool(self._norm.isfinite()):
+            return TrainingError(f"step {step}: its gradient is no number; lower learning_rate (now {rate:g})")
+        return None
 
     def step(self) -> float:
         """Make the step, behind `problem`; returns its learning rate."""

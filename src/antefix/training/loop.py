@@ -172,7 +172,7 @@ def _gradients(learner: Learner, feed: Feed, units: Sequence[Unit], accelerator:
     whole = float(sum_gradients(learner.parameters, loss))
     if (problem := learner.problem(whole)) is not None:
         with failing_together():  # a step's loss is the same in all processes
-            raise TrainingError(problem)
+            raise problem
     return whole
 
 

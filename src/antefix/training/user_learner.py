@@ -83,7 +83,7 @@ class UserLearner:
         self._loss = 0.0
 
     @property
-    def problem(self) -> str | None:
+    def problem(self) -> TrainingError | None:
         """Why the step cannot be made, behind the backward pass; None: it can."""
         return self.learner.problem(self._loss)
 
