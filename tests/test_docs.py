@@ -1,7 +1,9 @@
 """The documentation is true: its examples run, its pages are linked, its lists are complete.
 
 A page's python and bash examples run in order, in one folder, with a tiny model in the place of the embedded base.
-`<!-- file: NAME -->` before a block writes it to that file; `<!-- not run: why -->` passes over it.
+`<!-- file: NAME -->` before a block writes it to that file; `<!-- not run: why -->` passes over it. A line
+`antefix serve ... &` starts a server in the background, at a free port: what follows asks it (`curl`) where the page
+says `SERVED`, until `kill %1` or the page's end.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import tiny_base
+from served import serving
 from test_layout import LAYERS
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -33,6 +37,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"(?:<!-- (file|not run): ([^>]*?) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
 NEEDS_JAVA = re.compile(r"meteor|rouge_l\b|cider")
+LINE = re.compile(r"^(?:antefix|curl|kill) ", re.MULTILINE)
+"""The lines of a bash block that are run."""
+SERVED = "http://127.0.0.1:8000"
+"""Where a page's server listens, as the page has it."""
 
 
 def blocks(page: Path) -> list[tuple[str, str, str, str]]:
@@ -41,7 +49,7 @@ def blocks(page: Path) -> list[tuple[str, str, str, str]]:
 
 
 def is_run(marker: str, language: str, content: str) -> bool:
-    return marker != "not run" and (language == "python" or (language == "bash" and "antefix " in content))
+    return marker != "not run" and (language == "python" or (language == "bash" and LINE.search(content) is not None))
 
 
 EXECUTED = [
@@ -65,22 +73,42 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     names: dict[str, object] = {}
-    for marker, value, language, content in blocks(page):
-        if marker == "file":
-            Path(value).write_text(content, encoding="utf-8")
-        elif is_run(marker, language, content) and language == "python":
-            exec(compile(content, str(page), "exec"), names)
-        elif is_run(marker, language, content):
-            for line in content.replace("\\\n", " ").splitlines():
-                if line.startswith("antefix ") and (have_java() or not NEEDS_JAVA.search(line)):
-                    run_command(line, page)
+    address = SERVED
+    with ExitStack() as background:
+        for marker, value, language, content in blocks(page):
+            content = content.replace(SERVED, address)
+            if marker == "file":
+                Path(value).write_text(content, encoding="utf-8")
+            elif is_run(marker, language, content) and language == "python":
+                exec(compile(content, str(page), "exec"), names)
+            elif is_run(marker, language, content):
+                for line in filter(LINE.match, content.replace("\\\n", " ").splitlines()):
+                    if line.startswith("antefix serve "):
+                        words = shlex.split(line.removesuffix("&"))[2:]
+                        address = background.enter_context(serving(tmp_path, *words)).address
+                    elif line.startswith("kill "):
+                        background.close()
+                    else:
+                        run_line(line, page)
 
 
-def run_command(line: str, page: Path) -> None:
-    result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+def run_line(line: str, page: Path) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] == "curl":
+        ask([*words, "-sS", "--fail-with-body"], page)
+        return
+    if NEEDS_JAVA.search(line) and not have_java():
+        return
+    result = CliRunner().invoke(app, words[1:])
     if isinstance(result.exception, AntefixError):
         pytest.fail(f"{page.name}: {line}: {result.exception}")
     assert result.exit_code == 0, f"{page.name}: {line}\n{result.output}"
+
+
+def ask(command: list[str], page: Path) -> None:
+    if shutil.which("curl") is not None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{page.name}: {shlex.join(command)}\n{done.stdout}{done.stderr}"
 
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
