@@ -126,26 +126,26 @@ def test_without_a_prefix_every_bit_is_the_bases(base: Base, method: str, implem
 
 
 @pytest.fixture(scope="module", params=[*product(ARCHITECTURES, ["left"]), *product(UNLIKE, ["right"])], ids="-".join)
-def padded_base(request: pytest.FixtureRequest) -> tuple[Base, str]:
-    """A base, and how its rows are padded."""
+def padded_base(request: pytest.FixtureRequest) -> tuple[Base, str, dict[str, MethodModule]]:
+    """A base, how its rows are padded, and a prefix of every method whose rows can differ."""
     name, padding = request.param
-    return tiny_base(name), padding
+    base = tiny_base(name)
+    found = [m for m in METHODS if name not in NOT_ON.get(m, ()) and method_class(m).acts_on_rows]
+    return base, padding, {m: tiny_method(base, m) for m in found}
 
 
-def test_a_batch_equals_its_rows_alone_in_any_order(padded_base: tuple[Base, str], method: str) -> None:
+def test_a_batch_equals_its_rows_alone_in_any_order(
+    padded_base: tuple[Base, str, dict[str, MethodModule]], method: str
+) -> None:
     """Mixed with the prefixes of every other method, the last of them in the last row."""
-    base, padding = padded_base
+    base, padding, of_methods = padded_base
     name = name_of(base)
     beside_the_text = (
         {"prompt_tuning", "prefix_propagation", "bbt", "bbt_v2"} if (name, padding) == ("t5", "left") else set()
     )
     if method in beside_the_text:
         pytest.skip("its rows stand right before the text, and padding must not come between")
-    others = [
-        tiny_method(base, m)
-        for m in METHODS
-        if m != method and m not in beside_the_text and name not in NOT_ON.get(m, ()) and method_class(m).acts_on_rows
-    ]
+    others = [module for m, module in of_methods.items() if m != method and m not in beside_the_text]
     modules = [*tiny_pair(base, method), *others]
     rows = [1, -1, 0, len(modules) - 1]
     if (name, padding) == ("bart", "left"):

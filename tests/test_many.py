@@ -246,7 +246,7 @@ def test_a_user_whose_loss_is_no_number_fails_alone(tmp_path: Path, monkeypatch:
 
     def spoilt(self: UserLearner) -> None:
         begin(self)
-        if self.user.name == "t.Inn" and self.progress.step == 2:
+        if self.user.name == "t.Inn" and self.steps_done == 2:
             with torch.no_grad():
                 next(iter(self.module.parameters())).fill_(math.nan)
 
