@@ -11,8 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from commands import Command
 from conftest import tiny_base
+
+from antefix.cli import main
 
 ANTEFIX = Path(sys.executable).with_name("antefix")
 
@@ -79,3 +82,17 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     said = running.communicate(timeout=30)[1]
     assert said.splitlines()[-1] == "antefix: interrupted"
     assert running.returncode == 130
+
+
+def test_a_device_without_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*, standalone_mode: bool) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("antefix.cli.app", full)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith("antefix: the device is out of memory: lower training.tokens_per_batch")
+    assert said.count("\n") == 1

@@ -72,6 +72,14 @@ def facts(*words: str) -> dict[str, Any]:
     return found
 
 
+def test_who_failed_is_told_and_the_exit_code_says_it() -> None:
+    words = ["--by", "customer", "--min-pairs", "3", "training.learning_rate=1e30", "training.schedule=constant"]
+    result = CliRunner().invoke(app, ["train-many", "orders.csv", "menus.toml", *words])
+    assert "0 trained, 0 unchanged, 3 failed" in " ".join(result.output.split())
+    assert "menus.Inn failed: step " in result.output
+    assert result.exit_code == 1
+
+
 def test_every_customer_gets_a_prefix_and_who_did_not_is_told() -> None:
     said = " ".join(run("--by", "customer", "--min-pairs", "3").split())
     assert "3 users, 10 pairs to train on" in said

@@ -99,6 +99,15 @@ def main() -> None:
     except AntefixError as error:
         print(f"antefix: {error}", file=sys.stderr)
         code = 2
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; who asks for help does not wait for torch
+            raise
+        print(
+            "antefix: the device is out of memory: lower training.tokens_per_batch (`train`) or --batch-size "
+            "(`generate`), or take a narrower --dtype",
+            file=sys.stderr,
+        )
+        code = 2
     if code == _INTERRUPTED:
         print("antefix: interrupted", file=sys.stderr)
     sys.exit(code)

@@ -31,7 +31,7 @@ def generate(
         typer.Argument(help="One source: `name[Fern Hill], food[French]`, `name: Fern Hill`, or plain text."),
     ] = None,
     prefix: Annotated[
-        Path | None, typer.Option("--prefix", "-p", help="A kept prefix; without: the bare base.")
+        Path | None, typer.Option("--prefix", "-p", help="A kept prefix; without: the bare base that --base names.")
     ] = None,
     prefix_column: Annotated[
         str | None,

@@ -73,7 +73,7 @@ def train_many(
 
     Several users' rows share a forward pass; each prefix becomes what it becomes alone. A user whose data did not
     change is not trained again: given again, the command trains who is new, who changed, and who was not done when it
-    was interrupted. The run's folder gets a report and a plot.
+    was interrupted. The run's folder gets a report and a plot. The exit code is 1 where some user failed.
 
     Examples:
 
@@ -122,6 +122,8 @@ def train_many(
         print_json(report.facts())
     else:
         _show(report, loaded)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _train(
