@@ -140,9 +140,11 @@ def test_every_command_is_in_the_guide_or_a_page_and_has_an_example() -> None:
             assert "Example" in (sub.help or ""), f"`{words} --help` has no example"
 
 
-def test_every_method_has_a_page() -> None:
+def test_every_method_has_a_page_and_stands_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in METHODS:
         assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
+        assert f"[`{name}`](docs/methods/{name}.md)" in readme
 
 
 def test_the_public_names_are_those_of_the_python_page() -> None:
