@@ -118,6 +118,7 @@ def cartridge(document: Path, slots: int) -> dict[str, Any]:
         before = loss(base, some)
     folder = WORK / f"slots_{slots}"
     folder.mkdir(parents=True, exist_ok=True)
+    study_file(base, run_of(document, SLOTS[0], 0, CONVERSATIONS), WORK / "study" / STUDY_FILE)  # where it is not there
     shutil.copy(WORK / "study" / STUDY_FILE, folder / STUDY_FILE)
     prefix = train_cartridge(base, run_of(document, slots, 0, CONVERSATIONS), folder)
     with attached(base.model, prefix):
