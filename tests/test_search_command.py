@@ -307,7 +307,7 @@ def test_without_a_space_the_learning_rate_is_searched() -> None:
 def test_a_trial_without_a_finite_loss_has_failed_and_the_search_goes_on() -> None:
     words = (ONLY_RATES % "1e30, 0.02", "--trials", "5")
     output = said(*words)
-    assert "the loss is nan; lower learning_rate (now 1e+30)" in output
+    assert "its gradient is no number; lower learning_rate (now 1e+30)" in output
     results = json.loads(RESULTS.read_text())
     assert {trial["state"] for trial in results["trials"]} == {"done", "failed"}
     assert results["best"]["values"] == {"training.learning_rate": 0.02}
@@ -320,7 +320,7 @@ def test_where_every_trial_failed_there_is_no_best_recipe() -> None:
     words = (ONLY_RATES % "1e30", "--trials", "2")
     for _ in range(2):
         assert said(*words).startswith(
-            "none of 2 trials has a score; trial 1 of training.learning_rate = 1e+30: step 3: the loss is nan"
+            "none of 2 trials has a score; trial 1 of training.learning_rate = 1e+30: step 2: its gradient is no number"
         )
     assert json.loads(RESULTS.read_text())["best"] is None
     assert not BEST.exists()
