@@ -106,13 +106,12 @@ class SiteStack:
             return [Acting(b, None, self._memory_of(index, n)) for n, b in enumerate(chosen)]
         used = set(index.tolist())
         of_query = index if forest is None else index[forest.tree_of_token]
-        some = {n: Subset((of_query == n).nonzero().flatten(), forest is not None) for n in used}
-        return [
-            Acting(branch, some[n], self._memory_of(n, place), place)
-            for n, branches in enumerate(every)
-            if n in used
-            for place, branch in enumerate(branches)
-        ]
+        acting = []
+        for n, branches in enumerate(every):
+            if branches and n in used:
+                subset = Subset((of_query == n).nonzero().flatten(), forest is not None)
+                acting += [Acting(b, subset, self._memory_of(n, place), place) for place, b in enumerate(branches)]
+        return acting
 
     def call(self, query: Tensor, scores: Scores, tokens: Callable[[], Partial], memory: dict[str, Tensor]) -> Call:
         """What a branch is asked with."""

@@ -212,7 +212,7 @@ def acted(
     attention: Attention, acting: Sequence[Acting], call: Callable[[dict[str, Tensor]], Call]
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the effects of these branches: (B, H, T, E), and what is added behind the projection."""
-    effects = _joined([(a, _effect(a, call(a.memory))) for a in acting], call)
+    effects = _joined([(a, *_effect(a, call(a.memory))) for a in acting])
     shares = [e for e in effects if isinstance(e, Share)]
     out = merged(attention.partial(), shares) if shares else attention.whole()
     for addend in (e for e in effects if isinstance(e, Addend)):
@@ -240,19 +240,19 @@ Effect = Share | Addend | Residual
 _TOKEN_AXIS: dict[type[Effect], int] = {Share: 2, Addend: 2, Residual: 1}
 
 
-def _effect(acting: Acting, call: Call) -> Effect:
-    return acting.branch(call if acting.subset is None else call.at(acting.subset))
+def _effect(acting: Acting, call: Call) -> tuple[Effect, Tensor]:
+    """What it gives, and the queries of the whole call."""
+    return acting.branch(call if acting.subset is None else call.at(acting.subset)), call.query_BHTD
 
 
-def _joined(found: Sequence[tuple[Acting, Effect]], call: Callable[[dict[str, Tensor]], Call]) -> list[Effect]:
+def _joined(found: Sequence[tuple[Acting, Effect, Tensor]]) -> list[Effect]:
     """On every query of the call: one effect for all of a kind that stand in one place."""
-    whole = [effect for acting, effect in found if acting.subset is None]
+    whole = [effect for acting, effect, _ in found if acting.subset is None]
     parts: dict[tuple[int, type[Effect]], list[tuple[Subset, Effect]]] = {}
-    for acting, effect in found:
+    for acting, effect, _ in found:
         if acting.subset is not None:
             parts.setdefault((acting.place, type(effect)), []).append((acting.subset, effect))
-    query_BHTD = call({}).query_BHTD
-    return whole + [_spread(kind, of_kind, query_BHTD) for (_, kind), of_kind in parts.items()]
+    return whole + [_spread(kind, of_kind, found[0][2]) for (_, kind), of_kind in parts.items()]
 
 
 def _spread(kind: type[Effect], parts: Sequence[tuple[Subset, Effect]], query_BHTD: Tensor) -> Effect:
