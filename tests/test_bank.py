@@ -23,7 +23,7 @@ from antefix import prefix as prefix_module
 from antefix.bank import Bank
 from antefix.bank.index import INDEX_FILE, INDEX_FOLDER
 from antefix.cli import app
-from antefix.errors import AntefixError, BankError, PrefixFileError
+from antefix.errors import AntefixError, BankError, CommandError, PrefixFileError
 from antefix.prefix import Prefix
 
 NOT_NAMES = [
@@ -335,6 +335,13 @@ def run(*words: str, code: int = 0, answer: str | None = None) -> str:
     return result.stdout
 
 
+def usage_error(*words: str) -> str:
+    """What is said of an option with a value that it does not take."""
+    result = CliRunner().invoke(app, ["bank", *words], env={"COLUMNS": "300"})
+    assert result.exit_code == 2, result.output
+    return result.output
+
+
 def run_json(*words: str, **how: Any) -> Any:
     return json.loads(run(*words, "--json", **how))
 
@@ -388,7 +395,7 @@ def test_rename_command(bank: Bank) -> None:
 def test_remove_command_asks(bank: Bank) -> None:
     where = ("--bank", str(bank.folder))
     for answer in ("n\n", "\n", ""):
-        with pytest.raises(BankError, match="'menus' was not removed: nobody said yes"):
+        with pytest.raises(CommandError, match="'menus' was not removed: nobody said yes"):
             run("remove", "menus", *where, answer=answer)
     assert "menus" in bank
     assert run("remove", "menus", *where, answer="y\n").endswith("menus is removed\n")
@@ -423,7 +430,7 @@ def test_verify_and_import_commands_with_a_base(bank: Bank, tmp_path: Path) -> N
     assert run("verify", *named, *where) == "5 of 5 prefixes are good\n"
     with pytest.raises(BankError, match="'a' is taken"):
         run(*words, "a", *named, *where)
-    with pytest.raises(BankError, match="--positions 'sideways': give in_place or shifted"):
-        run(*words, "c", *named, *where, "--positions", "sideways")
+    said = usage_error(*words, "c", *named, *where, "--positions", "sideways")
+    assert "'sideways' is not one of 'in_place', 'shifted'" in said
     with pytest.raises(BankError, match="cannot be a prefix's name"):
         run(*words, "../c", *named, *where)

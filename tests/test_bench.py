@@ -26,7 +26,7 @@ from antefix.benchmarks.training import TrainingBench, bench_training
 from antefix.benchmarks.worker import Worker
 from antefix.benchmarks.workload import load_workload, peak_mib
 from antefix.cli import app
-from antefix.errors import BenchmarkError
+from antefix.errors import BenchmarkError, CommandError
 
 Watch = Callable[[int, int, str], None]
 
@@ -261,7 +261,7 @@ def test_a_file_that_is_not_there_is_told_as_everywhere(base: str) -> None:
 
 def test_a_precision_that_is_none_is_refused() -> None:
     done = CliRunner().invoke(app, ["bench", "train", "--precision", "float8"])
-    assert isinstance(done.exception, BenchmarkError)
+    assert isinstance(done.exception, CommandError)
     assert str(done.exception) == "--precision float8: of float32 and bfloat16, separated by a comma"
 
 

@@ -160,6 +160,8 @@ def test_what_is_wrong_is_said(llama: Base, document: Path, tmp_path: Path) -> N
         made(llama, tmp_path / "empty.txt", 4)
     with pytest.raises(PrefixError, match="needs its document"):
         Cartridge.build(llama, CartridgeConfig())
+    with pytest.raises(ValueError, match="a cartridge starts from its document: give `document`, and no initial_text"):
+        CartridgeConfig(document=str(document), initial_text="Answer")
     folder = tmp_path / "run"
     train_cartridge(llama, run_of(document), folder)
     with pytest.raises(TrainingError, match="holds conversations of another document, base or study"):

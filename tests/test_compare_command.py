@@ -11,7 +11,7 @@ from conftest import tiny_base
 from typer.testing import CliRunner
 
 from antefix.cli import app
-from antefix.errors import TrainingError
+from antefix.errors import CommandError, TrainingError
 from antefix.training import compare
 
 RECIPE = """
@@ -97,4 +97,5 @@ def test_what_cannot_be_compared_is_told(folder: Path) -> None:
     said = told("compare", "prefix.toml", "prefix.toml", "--test", "animals.csv", "--out", "out")
     assert "two of the recipes have the same name" in str(said.exception)
     said = told(*WORDS[:-1], "one")
+    assert isinstance(said.exception, CommandError)
     assert str(said.exception) == "--seeds one: whole numbers, separated by commas"

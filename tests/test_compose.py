@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import METHOD_CONFIGS, NOT_ON, tiny_base, tiny_method
-from test_bank import run, run_json
+from test_bank import run, run_json, usage_error
 from test_prefix_file import IDS, logits
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from antefix.base import Base
 from antefix.compose import average, concatenate, interpolate, subtract, truncate
 from antefix.data import Example
 from antefix.data.linearise import TextFormat
-from antefix.errors import PrefixError, WrongBaseError
+from antefix.errors import AntefixError, PrefixError, WrongBaseError
 from antefix.methods import method_class
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.rotary import moved
@@ -356,11 +356,13 @@ def test_the_commands(bank: Bank, tmp_path: Path) -> None:
     assert [e["name"] for e in run_json("list", "--parent", "two", *where)] == ["behind", "both", "less", "mean", "mix"]
     for words_, message in (
         (("concatenate", "one", "one", "--as", "x"), "'one' is named twice"),
-        (("concatenate", "one", "two", "--as", "x", "--positions", "up"), "--positions 'up': give in_place or shifted"),
-        (("truncate", "one", "--slots", "2", "--as", "x", "--keep", "best"), "--keep 'best': give first, last or"),
         (("truncate", "one", "--slots", "2", "--as", "x", "--keep", "attention"), "--data go together"),
         (("average", "one", "both", "--as", "x"), "are no relatives"),
     ):
-        with pytest.raises(PrefixError, match=message):
+        with pytest.raises(AntefixError, match=message):
             run(*words_, *where)
+    said = usage_error("concatenate", "one", "two", "--as", "x", "--positions", "up", *where)
+    assert "'up' is not one of 'in_place', 'shifted'" in said
+    said = usage_error("truncate", "one", "--slots", "2", "--as", "x", "--keep", "best", *where)
+    assert "'best' is not one of 'first', 'last', 'attention'" in said
     assert "x" not in bank

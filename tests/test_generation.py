@@ -17,7 +17,7 @@ from antefix.cli import app
 from antefix.data import Example, Table
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
-from antefix.errors import AntefixError, BaseModelError, DataError, GenerationError
+from antefix.errors import AntefixError, BaseModelError, CommandError, DataError, GenerationError
 from antefix.generated_file import GeneratedFile
 from antefix.generation import default_decoding, generate, generate_each
 from antefix.prefix import Prefix
@@ -245,7 +245,7 @@ def test_the_commands_mistakes_are_one_line(shop: Path) -> None:
     assert "is no table" in invoked(shop, "just words")
     assert "no such file" in invoked(shop, "-i", "none.csv", "-o", "x.txt")
     bare = CliRunner().invoke(app, ["generate", "name: x"])
-    assert isinstance(bare.exception, GenerationError)
+    assert isinstance(bare.exception, CommandError)
     assert "say which prefix" in str(bare.exception)
 
 

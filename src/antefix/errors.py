@@ -13,6 +13,7 @@ AntefixError
 ├── GenerationError       texts cannot be generated as asked
 ├── ServingError          a server's engine cannot do what was asked, or cannot start
 ├── ServerError           a server cannot be started as asked (its keys, its port, a missing extra)
+├── CommandError          what a command was given does not fit together (names the option)
 ├── MetricError           a score cannot be computed (a missing program, unequal counts)
 └── BenchmarkError        something cannot be measured here, or two arms do not compute the same
 
@@ -96,6 +97,10 @@ class ServingError(AntefixError):
 
 class ServerError(AntefixError):
     """A server cannot be started as asked."""
+
+
+class CommandError(AntefixError):
+    """What a command was given does not fit together, or would overwrite something."""
 
 
 class MetricError(AntefixError):

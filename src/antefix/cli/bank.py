@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from antefix.cli.compose import average, concatenate, interpolate, subtract, truncate
-from antefix.cli.output import Json, console, print_json
+from antefix.cli.output import Json, PositionsOfSlots, console, print_json
 from antefix.cli.progress import Reading
-from antefix.errors import BankError, one_line
+from antefix.errors import CommandError, one_line
 
 if TYPE_CHECKING:
     from antefix.bank import Entry
@@ -34,7 +34,9 @@ def list_(
     latest: Annotated[
         bool, typer.Option("--latest", help="Of `menus`, `menus.v1`, `menus.v2` the last alone.")
     ] = False,
-    sort: Annotated[str, typer.Option(help="name, changed, size, slots or method.")] = "name",
+    sort: Annotated[
+        Literal["name", "changed", "size", "slots", "method"], typer.Option(help="By what the list is sorted.")
+    ] = "name",
     descending: Annotated[bool, typer.Option("--descending", help="The largest, or the newest, first.")] = False,
     offset: Annotated[int, typer.Option(min=0, help="How many to pass over.")] = 0,
     limit: Annotated[int | None, typer.Option(min=0, help="How many at most; none: all.")] = None,
@@ -45,12 +47,10 @@ def list_(
 
     Example: `antefix bank list --tag food --text "short menus" --sort changed --descending --limit 20`
     """
-    from antefix.bank import MOST_TEXT, SORTS, Bank, Query
+    from antefix.bank import MOST_TEXT, Bank, Query
 
-    if sort not in SORTS:
-        raise BankError(f"--sort '{one_line(sort, 60)}': give {', '.join(SORTS)}")
     if len(text) > MOST_TEXT:
-        raise BankError(f"--text has {len(text):,} characters, allowed are {MOST_TEXT:,}")
+        raise CommandError(f"--text has {len(text):,} characters, allowed are {MOST_TEXT:,}")
     query = Query(
         text=text, tags=tuple(tag or ()), method=method, base=base, parent=parent, latest=latest,
         sort=sort, descending=descending, offset=offset, limit=limit,
@@ -210,7 +210,7 @@ def remove(
     if name not in found:
         found.remove(name)  # says what there is
     if not yes and not _agreed(f"Delete the prefix '{name}' of the bank '{bank}' for good?"):
-        raise BankError(f"'{name}' was not removed: nobody said yes (or give --yes)")
+        raise CommandError(f"'{name}' was not removed: nobody said yes (or give --yes)")
     found.remove(name)
     _say({"removed": name}, f"{name} is removed", as_json)
 
@@ -252,7 +252,8 @@ def import_(
     name: Annotated[str, typer.Argument(help="The prefix's name in the bank.")],
     base: Annotated[str, typer.Option(help="The base it was trained on: a name, hub id, folder or GGUF file.")],
     positions: Annotated[
-        str, typer.Option(help="in_place (tokens count from 0; rotary bases) or shifted (as PEFT counts).")
+        PositionsOfSlots,
+        typer.Option(help="in_place: tokens count from 0 (rotary bases). shifted: behind the slots, as PEFT counts."),
     ] = "in_place",
     bank: BankFolder = Path("bank"),
     as_json: Json = False,
@@ -265,11 +266,9 @@ def import_(
     from antefix.base import load_base
     from antefix.interop.peft import import_peft
 
-    if positions not in ("in_place", "shifted"):
-        raise BankError(f"--positions '{one_line(positions, 60)}': give in_place or shifted")
     found = Bank(bank)
     found.refuse_taken(name)  # before the base is loaded
-    prefix = import_peft(folder, load_base(base), positions=positions)  # type: ignore[arg-type]
+    prefix = import_peft(folder, load_base(base), positions=positions)
     path = found.add(name, prefix)
     console().print(prefix.card.notes, markup=False, highlight=False)
     _say(
@@ -311,6 +310,10 @@ def _row(entry: Entry) -> list[str]:
     ]  # fmt: skip
 
 
+_SHORT = {"method", "slots", "positions", "size"}
+"""Columns that a narrow terminal leaves whole."""
+
+
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     """Cells are text that a prefix brought with it: shown as it is, never as markup or as commands to a terminal."""
     from rich.console import Console
@@ -319,7 +322,7 @@ def _print_table(columns: list[str], rows: list[list[str]]) -> None:
 
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in _SHORT)
     for row in rows:
         table.add_row(*(Text(one_line(cell, 1000)) for cell in row))
     Console().print(table)

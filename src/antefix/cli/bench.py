@@ -105,10 +105,10 @@ def memory(
     Example: `antefix bench memory --data e2e-dataset.zip::trainset.csv --quick`
     """
     from antefix.benchmarks.memory import MemoryBench, bench_memory
-    from antefix.errors import BenchmarkError
+    from antefix.errors import CommandError
 
     if len(precisions := _precisions(precision, "cpu")) > 1:
-        raise BenchmarkError(f"--precision {precision}: one of float32 and bfloat16 here")
+        raise CommandError(f"--precision {precision}: one of float32 and bfloat16 here")
     (dtype,) = precisions
     settings = MemoryBench(
         base=base, data=_data(data), precision=dtype, pairs_per_step=(32,) if quick else (8, 16, 32, 64)
@@ -167,11 +167,11 @@ def _data(data: str | None) -> str:
 
 def _precisions(given: str | None, device: str) -> Any:
     from antefix.base import native_precision
-    from antefix.errors import BenchmarkError
+    from antefix.errors import CommandError
 
     if given is None:  # bfloat16 that a processor does not multiply itself is many times slower, for every arm
         return tuple(dict.fromkeys(("float32", native_precision(device))))
     names = tuple(name.strip() for name in given.split(","))
     if not set(names) <= {"float32", "bfloat16"}:
-        raise BenchmarkError(f"--precision {given}: of float32 and bfloat16, separated by a comma")
+        raise CommandError(f"--precision {given}: of float32 and bfloat16, separated by a comma")
     return names

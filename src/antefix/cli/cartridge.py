@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from antefix.cli.output import Json, console, print_json
-from antefix.errors import TrainingError
+from antefix.cli.output import Json, Precision, console, print_json
+from antefix.errors import CommandError
 
 if TYPE_CHECKING:
     from antefix.prefix import Prefix
@@ -23,7 +23,7 @@ def cartridge(
     epochs: Annotated[float, typer.Option(min=0.01, help="How often each conversation is seen.")] = 2.0,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Without: the method's default.")] = None,
     seed: Annotated[int, typer.Option(help="Of questions and order.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Precision of the base: float32, bfloat16, int8, native.")] = "native",
+    dtype: Precision = "native",
     run: Annotated[Path | None, typer.Option(help="The run's folder; without: runs/NAME.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +33,7 @@ def cartridge(
 
     Example: `antefix cartridge handbook.txt --output bank/handbook --slots 256`
     """
-    from antefix.base import Dtype, load_base
+    from antefix.base import load_base
     from antefix.cli.progress import LiveLine, TrainingProgress, clock
     from antefix.cli.train import stop_after_step
     from antefix.methods.cartridge import CartridgeConfig
@@ -45,7 +45,7 @@ def cartridge(
     from antefix.training.recipe import TrainingRecipe
 
     if output.exists():
-        raise TrainingError(f"{output} exists: choose another folder")
+        raise CommandError(f"{output} exists: give another --output")
     folder = run or Path("runs") / output.name
     said = {"epochs": epochs, "seed": seed, "learning_rate": learning_rate}
     training = validated(TrainingRecipe, {**said, "pairs_per_step": 8, "evaluations": 4})
@@ -54,7 +54,7 @@ def cartridge(
         document=str(document), config=config, conversations=conversations, study=Study(seed=seed), training=training
     )
     out = console()
-    loaded = load_base(base, dtype=cast("Dtype", dtype))
+    loaded = load_base(base, dtype=dtype)
     pace = Pace(conversations)
     with (
         stop_after_step() as stop_requested,

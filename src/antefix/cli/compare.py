@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from antefix.cli.output import Json, console, print_json
-from antefix.errors import TrainingError
+from antefix.errors import CommandError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,7 +43,7 @@ def compare(
     try:
         chosen = [int(seed) for seed in seeds.split(",")]
     except ValueError as error:
-        raise TrainingError(f"--seeds {seeds}: whole numbers, separated by commas") from error
+        raise CommandError(f"--seeds {seeds}: whole numbers, separated by commas") from error
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
     plan = plan_of([load_recipe(path) for path in recipes], chosen, test, names, out, unequal=unequal)
     screen, base_of = console(), base_loader()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from antefix.cli.output import Json, print_json
-from antefix.errors import PrefixError, one_line
+from antefix.cli.output import Json, PositionsOfSlots, print_json
+from antefix.errors import CommandError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,8 @@ def concatenate(
     names: Names,
     new: NewName,
     positions: Annotated[
-        str, typer.Option(help="in_place: each at its distance to the tokens. shifted: one behind the other.")
+        PositionsOfSlots,
+        typer.Option(help="in_place: each at its distance to the tokens. shifted: one behind the other."),
     ] = "in_place",
     base: BaseName = None,
     bank: BankFolder = Path("bank"),
@@ -45,12 +46,10 @@ def concatenate(
     """
     from antefix.compose import concatenate as concatenated
 
-    if positions not in ("in_place", "shifted"):
-        raise PrefixError(f"--positions '{one_line(positions, 60)}': give in_place or shifted")
     found, parents = _parents(bank, names, new)
     turns = positions == "shifted" or any(p.card.positions == "shifted" for p in parents.values())
     model = _base(parents, base).model if turns else None
-    _keep(found, new, concatenated(parents, positions=positions, model=model), as_json)  # type: ignore[arg-type]
+    _keep(found, new, concatenated(parents, positions=positions, model=model), as_json)
 
 
 def truncate(
@@ -58,7 +57,8 @@ def truncate(
     slots: Annotated[int, typer.Option(help="How many slots are kept.")],
     new: NewName,
     keep: Annotated[
-        str, typer.Option(help="Which: the first, the last, or by attention, those that get the most on --data.")
+        Literal["first", "last", "attention"],
+        typer.Option(help="Which: the first, the last, or by attention, those that get the most on --data."),
     ] = "first",
     data: Annotated[
         Path | None, typer.Option(help="With `--keep attention`: texts with targets, as for training.")
@@ -73,17 +73,15 @@ def truncate(
     """
     from antefix.compose import truncate as truncated
 
-    if keep not in ("first", "last", "attention"):
-        raise PrefixError(f"--keep '{one_line(keep, 60)}': give first, last or attention")
     if (data is None) != (keep != "attention"):
-        raise PrefixError("--keep attention and --data go together: attention is measured on texts")
+        raise CommandError("--keep attention and --data go together: attention is measured on texts")
     found, parents = _parents(bank, [name], new)
     prefix = parents[name]
     turns = prefix.card.positions == "shifted"
     loaded = _base(parents, base) if turns or data is not None else None
     attention = None if data is None or loaded is None else _measured(loaded, prefix, data)
     model: PreTrainedModel | None = loaded.model if loaded is not None and turns else None
-    made = truncated(parents, slots, keep=keep, attention=attention, model=model)  # type: ignore[arg-type]
+    made = truncated(parents, slots, keep=keep, attention=attention, model=model)
     _keep(found, new, made, as_json)
 
 
@@ -147,7 +145,7 @@ def _parents(folder: Path, names: list[str], new: str) -> tuple[Bank, dict[str, 
     bank = Bank(folder)
     bank.refuse_taken(new)
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise PrefixError(f"'{one_line(twice, 60)}' is named twice")
+        raise CommandError(f"'{one_line(twice, 60)}' is named twice")
     return bank, {name: bank[name] for name in names}
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from antefix.cli.output import Device, Json, console, print_json
+from antefix.cli.output import Device, Json, Precision, console, print_json
 
 if TYPE_CHECKING:
     from antefix.doctor import Diagnosis, Proof
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 def doctor(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or `smollm2-135m`.")],
-    dtype: Annotated[
-        str, typer.Option(help="`float32`, `bfloat16`, `float16`, or `auto`: as the weights are kept.")
-    ] = "float32",
+    dtype: Precision = "float32",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -30,7 +28,7 @@ def doctor(
     from antefix.doctor import examine
 
     with console().status(f"examining {model}"):
-        diagnosis = examine(load_base(model, dtype=dtype, device=device))  # type: ignore[arg-type]
+        diagnosis = examine(load_base(model, dtype=dtype, device=device))
     if as_json:
         print_json(diagnosis.as_dict())
     else:

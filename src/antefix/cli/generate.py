@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from antefix.cli.output import BaseOfPrefix, Device, Json, Precision, console, print_json
-from antefix.errors import GenerationError
+from antefix.errors import CommandError
 
 if TYPE_CHECKING:
-    from antefix.base import Base, Dtype
+    from antefix.base import Base
     from antefix.data import Example
     from antefix.data.linearise import TextFormat
     from antefix.decoding import Decoding
@@ -90,9 +90,9 @@ def generate(
 
     if prefix_column is not None:
         if prefix is not None or source is not None or input_file is None:
-            raise GenerationError("--prefix-column is for a file of sources alone: give --input, and no --prefix")
+            raise CommandError("--prefix-column is for a file of sources alone: give --input, and no --prefix")
         bulk = prepare_bulk(input_file, split, prefix_column, bank, base, decoding or [], text or [], limit)
-        loaded = load_base(bulk.base, dtype=cast("Dtype", dtype), device=device, revision=bulk.revision)
+        loaded = load_base(bulk.base, dtype=dtype, device=device, revision=bulk.revision)
         answers = partial(
             bulk.answers, loaded, resident_bytes=resident_mib << 20, batch_size=batch_size, on_cut=_say_cut
         )
@@ -100,13 +100,13 @@ def generate(
         return
     kept = None if prefix is None else Prefix.load(prefix)
     if kept is None and base is None:
-        raise GenerationError("say which prefix (--prefix FOLDER), or which bare base (--base smollm2-135m)")
+        raise CommandError("say which prefix (--prefix FOLDER), or which bare base (--base smollm2-135m)")
     examples, text_format = _sources(source, input_file, split, kept, text or [])
     examples = examples[:limit]
     options = override(dict(_default_decoding(kept, examples)), decoding or [])
     chosen = validated(Decoding, options, "decoding option ")
     name, revision = (base, None) if kept is None else (base or kept.card.base.name, kept.card.base.revision)
-    loaded = load_base(name or "", dtype=cast("Dtype", dtype), device=device, revision=revision)
+    loaded = load_base(name or "", dtype=dtype, device=device, revision=revision)
     with nullcontext() if kept is None else attached(loaded.model, kept):
         if kept is not None and kept.card.task is not None:
             each = partial(label_each, loaded, text_format=text_format, batch_size=batch_size)
@@ -139,14 +139,14 @@ def _sources(
 
     if input_file is not None:
         if source is not None:
-            raise GenerationError("give one source or --input FILE, not both")
+            raise CommandError("give one source or --input FILE, not both")
         examples = read(input_file, **({} if split is None else {"split": split}))
         start = kept.card.text_format if kept is not None else default_format([e.source for e in examples]).to_dict()
         return examples, TextFormat.from_dict(override(dict(start), changes))
     text_format = TextFormat.from_dict(override(dict(kept.card.text_format if kept is not None else {}), changes))
     if source is None:
         if sys.stdin.isatty():
-            raise GenerationError("no source: give one as an argument, on standard input, or a file with --input")
+            raise CommandError("no source: give one as an argument, on standard input, or a file with --input")
         source = sys.stdin.read()
     return [Example(source=parse_source(source, text_format))], text_format
 
@@ -213,7 +213,7 @@ def _write_many(
     from antefix.pace import Pace
 
     if output is None:
-        raise GenerationError("say where the texts go: --output texts.jsonl (or .txt, one text a line)")
+        raise CommandError("say where the texts go: --output texts.jsonl (or .txt, one text a line)")
     file = GeneratedFile(output, decides, overwrite=overwrite)
     left = [n for n in range(len(examples)) if n not in file.texts]
     out = console()

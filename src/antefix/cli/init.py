@@ -10,7 +10,7 @@ import typer
 
 from antefix.cli.output import Json, print_json
 from antefix.embedded import NAME
-from antefix.errors import RecipeError
+from antefix.errors import CommandError
 
 if TYPE_CHECKING:
     from antefix.data.look import Lengths, Look
@@ -44,7 +44,7 @@ def init(
 
     out = out or Path(f"{prefix_name(file)}.toml")
     if out.exists() and not force:
-        raise RecipeError(f"{out} is there already: give another --out, or --force to replace it")
+        raise CommandError(f"{out} is there already: give another --out, or --force to replace it")
     columns = None if table_columns is None else [name.strip() for name in table_columns.split(",")]
     given = {"source_column": source_column, "target_column": target_column, "table_columns": columns}
     found = look(file, format=format, **{k: v for k, v in given.items() if v is not None})
@@ -52,7 +52,7 @@ def init(
     try:
         write_bytes(out, first_recipe(found, base, tokens).encode())
     except OSError as error:
-        raise RecipeError(f"{out}: cannot be written ({error.strerror})") from error
+        raise CommandError(f"{out}: cannot be written ({error.strerror})") from error
     command = f"antefix train {shlex.quote(str(out))}"
     if as_json:
         print_json(_facts(found, tokens) | {"recipe": str(out), "next": command})

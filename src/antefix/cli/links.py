@@ -5,14 +5,11 @@ from __future__ import annotations
 import random
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
 from antefix.cli.output import BaseOfPrefix, Device, Json, Precision, console, print_json
-
-if TYPE_CHECKING:
-    from antefix.base import Dtype
 
 
 def links(
@@ -54,9 +51,7 @@ def links(
     ranked = tests if limit is None else random.Random(f"links-{seed}").sample(tests, min(limit, len(tests)))
     # Filtered by the whole test set, whatever part of it is ranked.
     every = set(true_triples([*tests, *others]))
-    loaded = load_base(
-        base or kept.card.base.name, dtype=cast("Dtype", dtype), device=device, revision=kept.card.base.revision
-    )
+    loaded = load_base(base or kept.card.base.name, dtype=dtype, device=device, revision=kept.card.base.revision)
     likelihood = partial(likelihoods, loaded, batch_size=batch_size)
     with attached(loaded.model, kept):
         with LiveLine(console(), len(ranked), "triple") as line:

@@ -24,12 +24,12 @@ def merge(
     """
     from antefix import atomic
     from antefix.base import load_base
-    from antefix.errors import PrefixError
+    from antefix.errors import CommandError
     from antefix.merge import merged
     from antefix.prefix import Prefix
 
     if out.exists():
-        raise PrefixError(f"{out} exists: give another --out")
+        raise CommandError(f"{out} exists: give another --out")
     kept = Prefix.load(prefix)
     screen = console()
     with screen.status("writing the weights"):

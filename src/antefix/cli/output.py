@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -11,9 +11,10 @@ from rich.console import Console
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 BaseOfPrefix = Annotated[str | None, typer.Option("--base", help="The base; without: the one the prefix names.")]
 Precision = Annotated[
-    str,
-    typer.Option("--dtype", help="Precision of the base: float32, bfloat16, float16, int8, native or auto."),
+    Literal["float32", "bfloat16", "float16", "int8", "native", "auto"],
+    typer.Option("--dtype", help="Precision of the base. native: the fastest here; auto: as its weights are kept."),
 ]
+PositionsOfSlots = Literal["in_place", "shifted"]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")]
 
 

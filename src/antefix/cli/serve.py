@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
-from antefix.cli.output import Json, console, print_json
+from antefix.cli.output import Device, Json, Precision, console, print_json
 from antefix.errors import ServerError
 
 _MIB = 1 << 20
@@ -32,10 +32,8 @@ def serve(
         int, typer.Option(min=1, help="Of a chat or a table that does not say, nor its prefix.")
     ] = 1024,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for open requests when the server is stopped.")] = 20.0,
-    dtype: Annotated[
-        str, typer.Option(help="Precision of the base: float32, bfloat16, float16, int8, native or auto.")
-    ] = "native",
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")] = "auto",
+    dtype: Precision = "native",
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the processor; without: as torch chooses.")] = None,
     log_texts: Annotated[
         bool, typer.Option("--log-texts", help="Write prompts and texts into the log as well.")
@@ -53,7 +51,6 @@ def serve(
     `antefix serve --bank bank --host 0.0.0.0 --port 8080 --api-keys keys.toml --max-queue 64`
     """
     _require_extra()
-    from antefix.base import Dtype
     from antefix.server.engine import EngineSettings
     from antefix.server.logs import to_stderr
     from antefix.server.run import Place, serve
@@ -61,7 +58,7 @@ def serve(
 
     place = Place(host=host, port=port, base_id=name or _id_of(base), keys_file=api_keys)
     engine = EngineSettings(
-        base=base, bank=bank, dtype=cast("Dtype", dtype), device=device, max_rows=max_rows, max_waiting=max_queue,
+        base=base, bank=bank, dtype=dtype, device=device, max_rows=max_rows, max_waiting=max_queue,
         resident_bytes=resident_mib * _MIB, num_threads=threads,
     )  # fmt: skip
     rules = Rules(

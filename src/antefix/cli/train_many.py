@@ -11,7 +11,7 @@ import typer
 
 from antefix.cli.output import Json, console, print_json
 from antefix.cli.train import stop_after_step
-from antefix.errors import TrainingError
+from antefix.errors import CommandError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,11 +89,11 @@ def train_many(
     from antefix.training.users import users_of
 
     if not by:
-        raise TrainingError("say by which column or attribute: --by customer")
+        raise CommandError("say by which column or attribute: --by customer")
     if address is not None and workers is None:
-        raise TrainingError("--address is a Ray cluster's: say how many of its processes to use with --workers")
+        raise CommandError("--address is a Ray cluster's: say how many of its processes to use with --workers")
     if processes.num_processes() > 1:
-        raise TrainingError("train-many shares its users over Ray (--workers), not over `accelerate launch`")
+        raise CommandError("train-many shares its users over Ray (--workers), not over `accelerate launch`")
     loaded = load_recipe(recipe, [f"data.train={json.dumps(data)}", *(overrides or [])])
     everybody = users_of(loaded, by, min_pairs, keep_empty=keep_empty)
     out = console()

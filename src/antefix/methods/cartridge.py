@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from antefix.base import Base
 from antefix.errors import PrefixError
@@ -33,6 +33,12 @@ class CartridgeConfig(PrefixTuningConfig):
     """Keep the first slot as it starts: an attention sink that training cannot move."""
     positions: Positions = "shifted"
     """`shifted`: tokens stand behind the slots, as they would behind the document."""
+
+    @model_validator(mode="after")
+    def _starts_from_its_document(self) -> Self:
+        if self.initial_text != PrefixTuningConfig.model_fields["initial_text"].default:
+            raise ValueError("a cartridge starts from its document: give `document`, and no initial_text")
+        return self
 
 
 class Cartridge(PrefixTuning):

@@ -16,7 +16,7 @@ from antefix.data.encode import Encoded, Limits, encode
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
-from antefix.errors import PrefixError, TrainingError
+from antefix.errors import DataError, PrefixError, TrainingError
 from antefix.generation import default_decoding, require_generator
 from antefix.methods import method_class
 from antefix.methods.base import MethodConfig, MethodModule
@@ -149,7 +149,7 @@ def prepare(
     made = task_of(task, train_examples, training.ranking.length_norm)
     if words:
         if not isinstance(made, LabelTask):
-            raise TrainingError("words for labels are for classification: set task = 'classification'")
+            raise DataError(f"words for labels are for classification, not for {task}")
         made = made.with_words(words, base.tokenizer)
     if not isinstance(made, LabelTask):
         require_generator(base)
