@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,9 @@ def test_an_interrupted_search_ends_with_the_same_bits(method: str, tmp_path: Pa
     assert seen[0] == 4
     assert all(torch.equal(whole.tensors[name], t) for name, t in parts.tensors.items())
     assert parts.card.scores == whole.card.scores
+    known = [json.loads(line)["seconds"] for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    assert len(known) == whole.card.training["steps"]
+    assert parts.card.training["seconds"] == pytest.approx(sum(known), abs=0.1), "of all sittings"
     with pytest.raises(TrainingError, match="holds an unfinished run of another recipe"):
         run(ready(method, seed=3), tmp_path / "parts")
 
@@ -167,6 +171,13 @@ def test_an_encoder_is_searched_too() -> None:
             base, examples, dev=examples, method="bbt", training=training, num_virtual_tokens=3, dimensions=5
         )
         assert prefix.card.scores["dev"][-1]["step"] == 4
+
+
+def test_several_processes_do_not_search_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("antefix.training.black_box.num_processes", lambda: 2)
+    with pytest.raises(TrainingError, match="is searched in one process: start it without a launcher"):
+        run(ready(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_searched_is_told() -> None:

@@ -150,6 +150,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert all(torch.equal(t, cut.tensors[name]) for name, t in whole.tensors.items())
 
 
+def test_fewer_conversations_are_the_first_of_more(llama: Base, document: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+    path = tmp_path / STUDY_FILE
+    many = study_file(llama, run_of(document, conversations=20), path, lambda done, seconds_left: told.append(done))
+    assert told == [4, 8, 12, 16, 20]
+    few = study_file(llama, run_of(document, conversations=8), path)
+    assert few == study_file(llama, run_of(document, conversations=8), tmp_path / "anew.jsonl") == many[: len(few)]
+
+
 def test_what_is_wrong_is_said(llama: Base, document: Path, tmp_path: Path) -> None:
     with pytest.raises(PrefixError, match="bear.txt has 89 tokens, num_virtual_tokens is 90: take fewer"):
         made(llama, document, 90)
@@ -166,7 +175,7 @@ def test_what_is_wrong_is_said(llama: Base, document: Path, tmp_path: Path) -> N
     train_cartridge(llama, run_of(document), folder)
     with pytest.raises(TrainingError, match="holds conversations of another document, base or study"):
         train_cartridge(llama, run_of(document, study=replace(STUDY, seed=1)), folder)
-    (folder / STUDY_FILE).write_text("{", encoding="utf-8")
+    (folder / STUDY_FILE).write_text("{\n", encoding="utf-8")
     with pytest.raises(TrainingError, match="not a readable study file"):
         train_cartridge(llama, run_of(document), folder)
     with pytest.raises(BaseModelError, match="holds no document beside a conversation of"):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import tiny_base
+from test_prefix_file import tiny_prefix
 from typer.testing import CliRunner
 
 from antefix.cli import app
+from antefix.data import Example
 from antefix.errors import CommandError, TrainingError
 from antefix.training import compare
+from antefix.training.recipe import Recipe
 
 RECIPE = """
 name = "{name}"
@@ -89,7 +93,43 @@ def test_recipes_are_compared_and_what_is_done_is_not_done_again(folder: Path, m
     assert asked == []
 
 
+def test_runs_of_another_recipe_or_test_set_are_not_taken(folder: Path) -> None:
+    words = ("compare", "prefix.toml", "--out", "out", "--seeds", "0", "--test")
+    assert told(*words, "animals.csv").exit_code == 0
+    other = Path("animals.csv").read_text(encoding="utf-8").replace("a cat", "z cat")
+    Path("others.csv").write_text(other, encoding="utf-8")
+    refusal = "holds a run of another recipe, other data or another test set: give another --out, or remove it"
+    assert refusal in str(told(*words, "others.csv").exception)
+    recipe("prefix", "p_tuning_v2", "{num_virtual_tokens = 5}")
+    assert refusal in str(told(*words, "animals.csv").exception)
+    recipe("prefix", "p_tuning_v2", "{num_virtual_tokens = 4, initial_scale = 0.5}")
+    Path("animals.csv").write_text(other, encoding="utf-8")
+    assert refusal in str(told(*words, "others.csv").exception), "it was trained on other rows"
+
+
+def test_the_fewest_edits_are_the_best(folder: Path) -> None:
+    plan = compare.Plan(
+        recipes=tuple(map(_recipe, ("far", "near"))), seeds=(0,), metrics=("ter",), folder=folder,
+        test=[Example(source="x", targets=("one two three",))], data={"near": "", "far": ""},
+    )  # fmt: skip
+    prefix = tiny_prefix(tiny_base("llama").model)
+    prefix = replace(prefix, card=prefix.card.model_copy(update={"training": {"seconds": 1, "trained": 1}}))
+    for name, text in (("far", "four five six"), ("near", "one two four")):
+        prefix.save(folder / f"{name}-0" / compare.PREFIX_FOLDER)
+        (folder / f"{name}-0" / compare.TEXTS_FILE).write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    best, other = compare.table(plan)
+    assert (best.name, other.name) == ("near", "far")
+    assert best.mean("ter") < other.mean("ter")
+
+
+def _recipe(name: str) -> Recipe:
+    return Recipe.model_validate({"name": name, "data": {"train": "none"}})
+
+
 def test_what_cannot_be_compared_is_told(folder: Path) -> None:
+    said = told(*WORDS, "--metrics", "blue")
+    assert "unknown metric 'blue': did you mean 'bleu'?" in str(said.exception)
+    assert not Path("out").exists(), "before anything is trained"
     recipe("longer", "ia3", "{}", steps=31)
     said = told("compare", "prefix.toml", "longer.toml", "--test", "animals.csv", "--out", "out")
     assert isinstance(said.exception, TrainingError)

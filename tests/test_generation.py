@@ -200,8 +200,9 @@ def test_a_full_disk_is_one_line_when_going_on(tmp_path: Path) -> None:
     file = GeneratedFile(tmp_path / "texts.jsonl", ["task"])
     for index in range(100):
         file.add(index, "a text")
+    again = GeneratedFile(tmp_path / "texts.jsonl", ["task"])
     with no_file_larger_than(100), pytest.raises(GenerationError, match=r"texts.jsonl.partial: cannot be written \("):
-        GeneratedFile(tmp_path / "texts.jsonl", ["task"])
+        again.add(100, "a text")
     assert len(GeneratedFile(tmp_path / "texts.jsonl", ["task"]).texts) == 100
 
 
@@ -238,7 +239,10 @@ def test_decoding_that_makes_no_sense_is_refused(content: dict[str, object], mes
 def test_the_commands_mistakes_are_one_line(shop: Path) -> None:
     menus = str(shop / "menus.csv")
     assert "say where the texts go" in invoked(shop, "-i", menus)
-    assert "not both" in invoked(shop, "name: x", "-i", menus)
+    assert "not both" in invoked(shop, "name: x", "-i", menus, "-o", "x.txt")
+    assert "--output is for what a file's sources get: give the file with --input" in invoked(
+        shop, "name: x", "-o", "x.txt"
+    )
     assert "unknown key 'decoding option num_beam': did you mean 'num_beams'?" in invoked(
         shop, "name: x", "--set", "num_beam=3"
     )
@@ -247,6 +251,19 @@ def test_the_commands_mistakes_are_one_line(shop: Path) -> None:
     bare = CliRunner().invoke(app, ["generate", "name: x"])
     assert isinstance(bare.exception, CommandError)
     assert "say which prefix" in str(bare.exception)
+
+
+def test_columns_of_other_names_are_told_to_generate_and_eval(shop: Path) -> None:
+    file, texts = shop / "deutsch.csv", str(shop / "deutsch.jsonl")
+    file.write_text("name,dish,beschreibung\nFern Hill,soup,Soup is served.\n", encoding="utf-8")
+    named = ("--reader", "target_column=beschreibung")
+    words = ("generate", "-p", str(shop / "bank/menus"), "--base", str(shop / "base"), "-i", str(file), "-o", texts)
+    assert CliRunner().invoke(app, [*words, *named]).exit_code == 0
+    scored = ["eval", "--references", str(file), "--hypotheses", texts, "--metrics", "bleu", "--json"]
+    assert "name it, --reader target_column=NAME" in str(CliRunner().invoke(app, scored).exception)
+    assert json.loads(CliRunner().invoke(app, [*scored, *named]).stdout)["inputs"] == 1
+    wrong = CliRunner().invoke(app, [*words[:-1], str(shop / "x.jsonl"), "--reader", "target=beschreibung"])
+    assert "has no option 'target': did you mean" in str(wrong.exception)
 
 
 def test_generating_leaves_the_base_as_it_was(base: Base, prefix: Prefix) -> None:

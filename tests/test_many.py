@@ -210,6 +210,13 @@ def test_only_who_changed_is_trained_again(tmp_path: Path) -> None:
     assert [name for name in before if before[name] != after[name]] == [USERS[3].name]
 
 
+def test_what_was_trained_on_other_data_is_not_reported_as_done(tmp_path: Path) -> None:
+    base, made = tiny_base("llama"), recipe(tmp_path)
+    many(base, made)
+    plan = plan_many(made, Users([*USERS[:3], user("Bridge", 3)], [], {}))
+    assert [row.outcome for row in report_of(plan, {}).rows] == ["unchanged", "unchanged", "unchanged", "waiting"]
+
+
 def test_what_is_another_recipes_or_nobodys_is_not_replaced_unasked(tmp_path: Path) -> None:
     base, made = tiny_base("llama"), recipe(tmp_path)
     many(base, made, USERS[:1])

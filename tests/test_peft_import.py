@@ -261,9 +261,10 @@ def test_broken_checkpoints(tmp_path: Path) -> None:
     for content, message in (
         ({**config, "num_virtual_tokens": 4}, "'prompt_embeddings' has shape (5, 120), adapter_config.json says (4,"),
         ({**config, "token_dim": -1}, "token_dim: Input should be greater than or equal to 1"),
+        ({**config, "token_dim": config["token_dim"] + 1}, "is no multiple of"),
         ({**config, "num_layers": "three"}, "num_layers: Input should be a valid integer"),
         ({k: v for k, v in config.items() if k != "token_dim"}, "token_dim: Field required"),
-        ({**config, "num_attention_heads": 3}, "has 3 key/value heads of width 6"),
+        ({**config, "num_attention_heads": 4}, "has 4 key/value heads of width 5"),
         ({"peft_type": None}, "peft_type: Input should be a valid string"),
         ([], "no JSON object"),
     ):

@@ -285,3 +285,21 @@ def test_the_first_format_is_read_forever() -> None:
     torch.testing.assert_close(logits(model), wanted["without"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(model, prefix), wanted["with"], rtol=1e-5, atol=1e-5)
     assert (wanted["with"] - wanted["without"]).abs().max() > 0.05
+
+
+def test_a_card_counts_its_slots() -> None:
+    card = tiny_prefix(tiny_model("llama"), 4).card
+    assert card.num_virtual_tokens == 4
+    both = {"prefix_tuning": {"num_virtual_tokens": 4}, "prompt_tuning": {"num_virtual_tokens": 3}, "lora": {"rank": 2}}
+    union = card.model_copy(update={"method": "prefix_tuning+prompt_tuning+lora", "config": both})
+    assert union.num_virtual_tokens == 7
+    assert card.model_copy(update={"method": "lora", "config": {"rank": 2}}).num_virtual_tokens is None
+
+
+def test_the_base_of_a_card_is_loaded_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+    monkeypatch.setattr("antefix.prefix.load_base", lambda name, **how: asked.append((name, how["revision"])))
+    record = BaseRecord(name="a/model", revision="abc", fingerprint="0")
+    record.load()
+    record.load("copy")
+    assert asked == [("a/model", "abc"), ("copy", None)], "a revision is the named model's alone"

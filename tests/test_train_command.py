@@ -16,7 +16,7 @@ from test_prefix_file import no_file_larger_than
 from typer.testing import CliRunner
 
 from antefix.cli import app
-from antefix.cli.train import stop_after_step
+from antefix.cli.stopping import stop_after_step
 from antefix.errors import AntefixError, TrainingError
 from antefix.prefix import Prefix
 from antefix.training.checkpoint import CHECKPOINT_FILE

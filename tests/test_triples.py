@@ -87,6 +87,8 @@ class TestRanks:
         test = [example("b", "true"), example("d", "false"), example("c", "true"), example("a", "true")]
         found = classification_scores(lambda triples: [truth[head] for head, _, _ in triples], dev, test)
         assert found == {"threshold": 0.101, "dev_accuracy": 1.0, "accuracy": 0.75}
+        with pytest.raises(DataError, match="the dev set holds no triple that could be classified"):
+            classification_scores(lambda triples: [], [], test)
 
 
 class TestNegatives:

@@ -21,5 +21,5 @@ def flop_a_token(model: PreTrainedModel) -> FlopAToken:
     count, and neither does attention over earlier tokens.
     """
     count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("antefix."))
-    half = 2 if model.config.is_encoder_decoder else 1
-    return FlopAToken(2 * count // half, 6 * count // half)
+    parts = 2 if model.config.is_encoder_decoder else 1
+    return FlopAToken(2 * count // parts, 6 * count // parts)

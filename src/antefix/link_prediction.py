@@ -124,7 +124,12 @@ def with_one_negative(examples: Sequence[Example], known: Collection[Triple], se
 
 
 def classification_scores(likelihood: Likelihood, dev: Sequence[Example], test: Sequence[Example]) -> dict[str, float]:
-    """The accuracy on a test set, with the threshold of the grid that is best on the dev set, the lowest of equals."""
+    """The accuracy on a test set, with the threshold of the grid that is best on the dev set, the lowest of equals.
+
+    Raises DataError where there is nothing to classify.
+    """
+    if not dev or not test:
+        raise DataError(f"the {'test' if dev else 'dev'} set holds no triple that could be classified")
     on_dev, on_test = (([is_true(e) for e in some], likelihood([triple_of(e) for e in some])) for some in (dev, test))
     grid = [n / THRESHOLDS for n in range(THRESHOLDS + 1)]
     best = max(grid, key=lambda threshold: _accuracy(*on_dev, threshold))

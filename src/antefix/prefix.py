@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from antefix import atomic, strict_json
+from antefix.base import Base, Dtype, load_base
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
 from antefix.errors import DataError, PrefixFileError, RecipeError, WrongBaseError, one_line
 from antefix.fingerprint import fingerprint
-from antefix.methods import method_class
+from antefix.methods import UNION, method_class
 from antefix.methods.base import MethodModule
 from antefix.parts.initial import Positions
 from antefix.parts.label_head import LabelHead
@@ -45,6 +46,10 @@ class BaseRecord(BaseModel):
     name: str
     revision: str | None = None
     fingerprint: str
+
+    def load(self, other: str | None = None, *, dtype: Dtype = "float32", device: str = "cpu") -> Base:
+        """The base at its revision, or another one in its place, such as a folder with a copy. See `load_base`."""
+        return load_base(other or self.name, dtype=dtype, device=device, revision=None if other else self.revision)
 
 
 class Card(BaseModel):
@@ -71,6 +76,13 @@ class Card(BaseModel):
     tags: tuple[str, ...] = ()
     licence: str | None = None
     notes: str = ""
+
+    @property
+    def num_virtual_tokens(self) -> int | None:
+        """Slots a site, of a union those of all its methods; None: it has none."""
+        configs = self.config.values() if UNION in self.method else (self.config,)
+        counts = [c.get("num_virtual_tokens") for c in configs if isinstance(c, dict)]
+        return sum(n for n in counts if isinstance(n, int)) or None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Self-study: the base asks about pieces of a document and answers with them in context (Cartridges, section 4).
 
 A conversation is a question and an answer as token ids, with the likeliest tokens that the base, with the piece in
-context, gives every token of the answer. Each is a function of the document, the seed and its number, so that a file of
-them can be gone on with.
+context, gives every token of the answer. Those that are made together are a function of the document, the seed and
+their numbers: asked for the same numbers at once, the base makes the same conversations.
 """
 
 from __future__ import annotations

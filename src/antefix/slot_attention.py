@@ -43,7 +43,7 @@ def slot_attention(
         raise PrefixError("attention is measured of prefixes that write texts and are plain keys and values")
     watched = _Watched(module)
     sites = find_sites(base.model)
-    limits = Limits(context=base.context_length)
+    limits = Limits(context=module.room_in(base.context_length))
     text_format = TextFormat.from_dict(prefix.card.text_format)
     data = encode(examples, text_format, base.tokenizer, limits, for_encoder=not sites.is_causal)
     units = [Unit(n, (t,)) for n, example in enumerate(data.examples) for t in range(len(example.targets))]

@@ -6,6 +6,6 @@ come from, `lineage` which prefix was made from which, `archive` a bank in one f
 
 from antefix.bank.entry import Entry
 from antefix.bank.folder import Bank
-from antefix.bank.query import MOST_TEXT, SORTS, Page, Query
+from antefix.bank.query import MOST_TEXT, Page, Query
 
-__all__ = ["MOST_TEXT", "SORTS", "Bank", "Entry", "Page", "Query"]
+__all__ = ["MOST_TEXT", "Bank", "Entry", "Page", "Query"]

@@ -97,10 +97,9 @@ def look(folder: str, name: str) -> Look | None:
         card = read_card(Path(path))
     except PrefixError as error:
         return _broken(stamps, name, str(error))
-    slots = card.config.get("num_virtual_tokens")
     entry = Entry(
         name=name, method=card.method, positions=card.positions,
-        num_virtual_tokens=slots if isinstance(slots, int) else None,
+        num_virtual_tokens=card.num_virtual_tokens,
         base=card.base.name, fingerprint=card.base.fingerprint, num_bytes=stamps.tensors[2],
         tags=card.tags, parents=card.parents, licence=card.licence,
         scores={k: v[-1] if isinstance(v, list) and v else v for k, v in card.scores.items()},

@@ -12,7 +12,7 @@ from antefix.bank.entry import Entry
 
 MOST_TEXT = 1000
 Sort = Literal["name", "changed", "size", "slots", "method"]
-SORTS: dict[Sort, str] = {
+_SORTS: dict[Sort, str] = {
     "name": "name", "changed": "changed_ns", "size": "num_bytes", "slots": "num_virtual_tokens", "method": "method",
 }  # fmt: skip
 """What a list can be sorted by, and the index's column of it."""
@@ -99,7 +99,7 @@ def _holding(word: str) -> str:
 
 def order(query: Query) -> str:
     """The order in SQL; ties by name, so that pages follow each other."""
-    column, way = SORTS[query.sort], "DESC" if query.descending else "ASC"
+    column, way = _SORTS[query.sort], "DESC" if query.descending else "ASC"
     if column == "name":
         return f"{column} {way}"
     # Sorting what a filter leaves costs less than finding every row in the order of a column: `+` takes no index.

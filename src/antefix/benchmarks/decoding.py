@@ -46,7 +46,7 @@ SLOT_COUNTS, BATCHES, DISTINCT = (0, 16, 128, 512, 2048), (1, 4, 16, 64), (1, 4,
 """Of the growth curves."""
 
 
-class Decoding:
+class DecodedBatch:
     """A batch of sources and how it is decoded; the base of every arm.
 
     as_transformers: its matrix products are those that it has when transformers loads it.
@@ -110,7 +110,7 @@ class OurDecoding:
     """With `distinct` prefixes of ours spread over the rows; 0: the bare base."""
 
     def __init__(self, num_slots: int, distinct: int, **decoding: Any) -> None:
-        self._decoding = Decoding(**decoding)
+        self._decoding = DecodedBatch(**decoding)
         self._inputs = self._decoding.inputs
         self._prefixes = self._made(num_slots, distinct)
 
@@ -167,7 +167,7 @@ class PeftDecoding:
     """With PEFT's prefix; several are had by switching adapters, one group of rows after the other."""
 
     def __init__(self, num_slots: int, distinct: int, **decoding: Any) -> None:
-        self._decoding = Decoding(**decoding, as_transformers=True)
+        self._decoding = DecodedBatch(**decoding, as_transformers=True)
         base = self._decoding.base
         self._model = peft_model(base, num_slots)
         self._names = ["default"]

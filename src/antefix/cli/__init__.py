@@ -29,11 +29,11 @@ from antefix.cli.merge import merge
 from antefix.cli.methods import methods
 from antefix.cli.search import search
 from antefix.cli.serve import serve
+from antefix.cli.stopping import INTERRUPTED
 from antefix.cli.train import train
 from antefix.cli.train_many import train_many
 from antefix.errors import AntefixError, OtherProcessError
 
-_INTERRUPTED = 130
 _TALKATIVE = ("torchao", "torch.utils._pytree")
 """What warns on every import where torchao is installed: of kernels for other devices, of its own enums."""
 
@@ -108,6 +108,6 @@ def main() -> None:
             file=sys.stderr,
         )
         code = 2
-    if code == _INTERRUPTED:
+    if code == INTERRUPTED:
         print("antefix: interrupted", file=sys.stderr)
     sys.exit(code)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from antefix.cli.compose import average, concatenate, interpolate, subtract, truncate
+from antefix.cli.compose import BankFolder, Name, average, concatenate, interpolate, subtract, truncate
 from antefix.cli.output import Json, PositionsOfSlots, console, print_json
 from antefix.cli.progress import Reading
 from antefix.errors import CommandError, one_line
@@ -19,9 +19,6 @@ bank_app = typer.Typer(
     help="Kept prefixes: list and search, show, rename, remove, verify, pack and unpack, combine, import.",
     no_args_is_help=True,
 )
-
-BankFolder = Annotated[Path, typer.Option("--bank", help="The bank's folder.")]
-Name = Annotated[str, typer.Argument(help="The prefix's name in the bank.")]
 
 
 @bank_app.command("list")

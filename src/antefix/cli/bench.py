@@ -32,7 +32,7 @@ def train(
     precision: Precision = None,
     pairs_per_step: Annotated[int, typer.Option(min=1, help="Pairs an optimiser step, in every arm.")] = 16,
     sample: Annotated[int | None, typer.Option(min=1, help="Pairs drawn one by one; without: the whole file.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How many turns every arm takes.")] = None,
     device: Device = "cpu",
     curves: Curves = True,
     quick: Quick = False,
@@ -66,7 +66,7 @@ def generate(
     eight_bits: Annotated[
         bool, typer.Option("--int8", help="Also weights of eight bits, beside the first precision.")
     ] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every arm.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How many turns every arm takes.")] = None,
     device: Device = "cpu",
     curves: Curves = True,
     quick: Quick = False,

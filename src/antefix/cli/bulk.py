@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from antefix.bank import Bank
 from antefix.base import Base
@@ -18,7 +19,7 @@ from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
 from antefix.errors import BankError, GenerationError
 from antefix.generation import default_decoding
-from antefix.prefix import Card
+from antefix.prefix import BaseRecord, Card
 from antefix.settings import override, validated
 from antefix.tensor_file import TENSORS_FILE
 
@@ -31,8 +32,8 @@ class Bulk:
     writers: list[Writer]
     """Of every source."""
     bank: Bank
-    base: str
-    revision: str | None
+    base: BaseRecord | None
+    """Of the prefixes that rows name."""
     decides: list[str]
     """What the answers depend on, beside the base."""
 
@@ -48,15 +49,15 @@ class Bulk:
 
 
 def prepare_bulk(
-    input_file: str, split: str | None, column: str, bank_folder: Path, base: str | None, decoding: list[str],
+    input_file: str, how: dict[str, Any], column: str, bank_folder: Path, base: str | None, decoding: list[str],
     text: list[str], limit: int | None,
 ) -> Bulk:  # fmt: skip
     """Read the file, and the cards of all prefixes that it names.
 
-    decoding, text: changes to what every card says. Raises GenerationError for a prefix that is not there, naming the
-    row, and for prefixes of unlike bases.
+    how: what `antefix.read` takes beside the file. decoding, text: changes to what every card says. Raises
+    GenerationError for a prefix that is not there, naming the row, and for prefixes of unlike bases.
     """
-    sources, names = read_named(input_file, column, **({} if split is None else {"split": split}))
+    sources, names = read_named(input_file, column, **how)
     sources, names = sources[:limit], names[:limit]
     bank = Bank(bank_folder)
     cards: dict[str, Card] = {}
@@ -76,8 +77,7 @@ def prepare_bulk(
         writers[None] = _bare_writer(bare, decoding, text)
     decides = [*(card.model_dump_json() for card in cards.values()), repr(names), repr([s.source for s in sources])]
     decides += [*decoding, "", *text]
-    revision = None if some is None else some.base.revision
-    return Bulk(sources, [writers[n] for n in names], bank, base or (some.base.name if some else ""), revision, decides)
+    return Bulk(sources, [writers[n] for n in names], bank, None if some is None else some.base, decides)
 
 
 def _check_one_base(cards: dict[str, Card]) -> None:

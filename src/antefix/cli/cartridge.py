@@ -22,7 +22,7 @@ def cartridge(
     conversations: Annotated[int, typer.Option(min=2, help="Questions and answers of self-study.")] = 128,
     epochs: Annotated[float, typer.Option(min=0.01, help="How often each conversation is seen.")] = 2.0,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Without: the method's default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of questions and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the questions, and of the order of training.")] = 0,
     dtype: Precision = "native",
     run: Annotated[Path | None, typer.Option(help="The run's folder; without: runs/NAME.")] = None,
     as_json: Json = False,
@@ -35,9 +35,9 @@ def cartridge(
     """
     from antefix.base import load_base
     from antefix.cli.progress import LiveLine, TrainingProgress, clock
-    from antefix.cli.train import stop_after_step
+    from antefix.cli.stopping import stop_after_step
     from antefix.methods.cartridge import CartridgeConfig
-    from antefix.pace import Pace
+    from antefix.processes import device
     from antefix.self_study import Study
     from antefix.settings import validated
     from antefix.training.cartridge import CartridgeRun, train_cartridge
@@ -54,18 +54,15 @@ def cartridge(
         document=str(document), config=config, conversations=conversations, study=Study(seed=seed), training=training
     )
     out = console()
-    loaded = load_base(base, dtype=dtype)
-    pace = Pace(conversations)
+    loaded = load_base(base, dtype=dtype, device=str(device()))
     with (
         stop_after_step() as stop_requested,
         LiveLine(out, conversations, "conversation") as line,
-        TrainingProgress(out, 1) as progress,
+        TrainingProgress(out) as progress,
     ):
 
-        def studied(done: int) -> None:
-            while pace.done < done:
-                pace.one_done()
-            line.show(done, f"self-study  {clock(pace.seconds_left)} left")
+        def studied(done: int, seconds_left: float) -> None:
+            line.show(min(done, conversations), f"self-study  {clock(seconds_left)} left")
 
         prefix = train_cartridge(
             loaded, settings, folder, studied=studied, watch=progress, stop_requested=stop_requested

@@ -36,7 +36,7 @@ def compare(
     Example: `antefix compare prefix.toml lora.toml --test test.csv --out comparison`
     """
     from antefix.cli.progress import LiveLine, clock
-    from antefix.cli.train import stop_after_step
+    from antefix.cli.stopping import stop_after_step
     from antefix.training.compare import as_facts, base_loader, expected_seconds, finish, plan_of, table, write_table
     from antefix.training.recipe import load_recipe
 

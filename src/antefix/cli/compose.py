@@ -150,9 +150,7 @@ def _parents(folder: Path, names: list[str], new: str) -> tuple[Bank, dict[str, 
 
 
 def _base(parents: dict[str, Prefix], name: str | None) -> Base:
-    from antefix.base import load_base
-
-    return load_base(name or next(iter(parents.values())).card.base.name)
+    return next(iter(parents.values())).card.base.load(name)
 
 
 def _measured(base: Base, prefix: Prefix, data: Path) -> dict[str, Tensor]:
@@ -169,8 +167,6 @@ def _keep(bank: Bank, name: str, prefix: Prefix, as_json: bool) -> None:
     card = prefix.card
     if as_json:
         content = {"name": name, "folder": str(path), "parents": list(card.parents), **card.training}
-        print_json(
-            {**content, "positions": card.positions, "num_virtual_tokens": card.config.get("num_virtual_tokens")}
-        )
+        print_json({**content, "positions": card.positions, "num_virtual_tokens": card.num_virtual_tokens})
     else:
         typer.echo(f"{name} is in {path}, made from {', '.join(card.parents)}")

@@ -77,7 +77,7 @@ def _measured(out: Console, kept: Path, name: str, base: Base, prefix: Prefix | 
 
 def _trained(out: Console, folder: Path, base: Base) -> Prefix:
     from antefix.cli.progress import TrainingProgress
-    from antefix.cli.train import stop_after_step
+    from antefix.cli.stopping import stop_after_step
     from antefix.demo import Training
     from antefix.prefix import Prefix
 
@@ -87,7 +87,7 @@ def _trained(out: Console, folder: Path, base: Base) -> Prefix:
         return Prefix.load(place)
     training = Training(base, folder / "run")
     out.print(f"training a prefix on {training.num_pairs} pairs, {training.num_steps} steps")
-    with stop_after_step() as stop_requested, TrainingProgress(out, training.num_steps) as progress:
+    with stop_after_step() as stop_requested, TrainingProgress(out) as progress:
         prefix = training(progress, stop_requested)
     prefix.save(place)
     return prefix

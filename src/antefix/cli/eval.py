@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from antefix.cli.output import Json, console, print_json
+from antefix.cli.output import Json, ReaderOptions, console, print_json
 from antefix.metrics import E2E_METRICS, METRICS, RESAMPLES
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def evaluate(
         str, typer.Option(metavar="FILE", help="The texts: one a line, or what `antefix generate` wrote.")
     ],
     split: Annotated[str | None, typer.Option(help="Which split of the references' data file.")] = None,
+    reader: ReaderOptions = None,
     metrics: Annotated[
         str | None,
         typer.Option(metavar="A,B,C", help=f"Of {', '.join(METRICS)}; without: {', '.join(E2E_METRICS)}."),
@@ -58,14 +59,15 @@ def evaluate(
     """
     from antefix.metrics.report import measure
     from antefix.prefix import Prefix
+    from antefix.settings import override
 
     prefix = None if record is None else Prefix.load(record)  # a broken one is told before anything is scored
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     out = console()
     with out.status("scoring"):
         report = measure(
-            references, hypotheses, split=split, metrics=names, compare=compare, with_fields=fields,
-            resamples=resamples, seed=seed,
+            references, hypotheses, split=split, reader=override({}, reader or []), metrics=names, compare=compare,
+            with_fields=fields, resamples=resamples, seed=seed,
         )  # fmt: skip
     if prefix is not None and record is not None:
         prefix.with_scores("test", report.to_card()).save(record, overwrite=True)

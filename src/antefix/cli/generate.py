@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from antefix.cli.output import BaseOfPrefix, Device, Json, Precision, console, print_json
+from antefix.cli.output import BaseOfPrefix, Device, Json, Precision, ReaderOptions, console, print_json
 from antefix.errors import CommandError
 
 if TYPE_CHECKING:
-    from antefix.base import Base
+    from antefix.base import Base, Dtype
     from antefix.data import Example
     from antefix.data.linearise import TextFormat
     from antefix.decoding import Decoding
-    from antefix.prefix import Prefix
+    from antefix.prefix import BaseRecord, Prefix
 
     Each = Callable[[Sequence[Example]], Iterator[tuple[int, str]]]
     """Texts or labels of sources, as they are done."""
@@ -38,13 +38,12 @@ def generate(
         typer.Option(metavar="COLUMN", help="A column of the file that names each row's prefix; empty: the bare base."),
     ] = None,
     bank: Annotated[Path, typer.Option(help="The bank of the prefixes that rows name.")] = Path("bank"),
-    resident_mib: Annotated[
-        int, typer.Option(min=1, help="MiB of the prefixes that rows name in memory at once.")
-    ] = 256,
+    resident_mib: Annotated[int, typer.Option(min=1, help="Memory for the prefixes that rows name, in MiB.")] = 256,
     input_file: Annotated[
         str | None, typer.Option("--input", "-i", help="A data file; every source gets a text.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Which split of the data file.")] = None,
+    reader: ReaderOptions = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Texts go here, `.jsonl` or one a line; resumes.")
     ] = None,
@@ -80,7 +79,6 @@ def generate(
     `antefix generate --prefix-column customer_prefix -i orders.csv -o texts.jsonl`
     """
     from antefix.attach import attached
-    from antefix.base import load_base
     from antefix.cli.bulk import prepare_bulk
     from antefix.decoding import Decoding
     from antefix.generation import generate_each
@@ -88,11 +86,13 @@ def generate(
     from antefix.prefix import Prefix
     from antefix.settings import override, validated
 
+    how = override({} if split is None else {"split": split}, reader or [])
     if prefix_column is not None:
         if prefix is not None or source is not None or input_file is None:
             raise CommandError("--prefix-column is for a file of sources alone: give --input, and no --prefix")
-        bulk = prepare_bulk(input_file, split, prefix_column, bank, base, decoding or [], text or [], limit)
-        loaded = load_base(bulk.base, dtype=dtype, device=device, revision=bulk.revision)
+        _require_output(output)
+        bulk = prepare_bulk(input_file, how, prefix_column, bank, base, decoding or [], text or [], limit)
+        loaded = _base(bulk.base, base, dtype, device)
         answers = partial(
             bulk.answers, loaded, resident_bytes=resident_mib << 20, batch_size=batch_size, on_cut=_say_cut
         )
@@ -101,12 +101,15 @@ def generate(
     kept = None if prefix is None else Prefix.load(prefix)
     if kept is None and base is None:
         raise CommandError("say which prefix (--prefix FOLDER), or which bare base (--base smollm2-135m)")
-    examples, text_format = _sources(source, input_file, split, kept, text or [])
+    if input_file is None and output is not None:
+        raise CommandError("--output is for what a file's sources get: give the file with --input")
+    if input_file is not None and (kept is None or kept.card.task is None):
+        _require_output(output)
+    examples, text_format = _sources(source, input_file, how, kept, text or [])
     examples = examples[:limit]
     options = override(dict(_default_decoding(kept, examples)), decoding or [])
     chosen = validated(Decoding, options, "decoding option ")
-    name, revision = (base, None) if kept is None else (base or kept.card.base.name, kept.card.base.revision)
-    loaded = load_base(name or "", dtype=dtype, device=device, revision=revision)
+    loaded = _base(None if kept is None else kept.card.base, base, dtype, device)
     with nullcontext() if kept is None else attached(loaded.model, kept):
         if kept is not None and kept.card.task is not None:
             each = partial(label_each, loaded, text_format=text_format, batch_size=batch_size)
@@ -130,8 +133,22 @@ def generate(
         _write_many(answers_of, examples, decides, output, overwrite, as_json)
 
 
+def _base(of_prefix: BaseRecord | None, given: str | None, dtype: Dtype, device: str) -> Base:
+    from antefix.base import load_base
+
+    if of_prefix is None:
+        return load_base(given or "", dtype=dtype, device=device)
+    return of_prefix.load(given, dtype=dtype, device=device)
+
+
+def _require_output(output: Path | None) -> Path:
+    if output is None:
+        raise CommandError("say where the texts go: --output texts.jsonl (or .txt, one text a line)")
+    return output
+
+
 def _sources(
-    source: str | None, input_file: str | None, split: str | None, kept: Prefix | None, changes: list[str]
+    source: str | None, input_file: str | None, how: dict[str, Any], kept: Prefix | None, changes: list[str]
 ) -> tuple[list[Example], TextFormat]:
     from antefix.data import Example, read
     from antefix.data.linearise import TextFormat, default_format, parse_source
@@ -140,7 +157,7 @@ def _sources(
     if input_file is not None:
         if source is not None:
             raise CommandError("give one source or --input FILE, not both")
-        examples = read(input_file, **({} if split is None else {"split": split}))
+        examples = read(input_file, **how)
         start = kept.card.text_format if kept is not None else default_format([e.source for e in examples]).to_dict()
         return examples, TextFormat.from_dict(override(dict(start), changes))
     text_format = TextFormat.from_dict(override(dict(kept.card.text_format if kept is not None else {}), changes))
@@ -212,9 +229,7 @@ def _write_many(
     from antefix.generated_file import GeneratedFile
     from antefix.pace import Pace
 
-    if output is None:
-        raise CommandError("say where the texts go: --output texts.jsonl (or .txt, one text a line)")
-    file = GeneratedFile(output, decides, overwrite=overwrite)
+    file = GeneratedFile(_require_output(output), decides, overwrite=overwrite)
     left = [n for n in range(len(examples)) if n not in file.texts]
     out = console()
     if file.texts:

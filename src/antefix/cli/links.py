@@ -18,14 +18,16 @@ def links(
     dev: Annotated[str, typer.Option(metavar="FILE", help="The triples that the threshold is chosen on.")],
     known: Annotated[
         list[str] | None,
-        typer.Option("--known", metavar="FILE", help="Further true triples, the training set's: never ranked above."),
+        typer.Option(
+            "--known", metavar="FILE", help="Other true triples (the training set's), left out of the ranking."
+        ),
     ] = None,
     base: BaseOfPrefix = None,
     dtype: Precision = "float32",
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Triples read together.")] = 128,
     limit: Annotated[int | None, typer.Option(min=1, help="Rank only so many of the test triples, drawn.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws these, and the false triples to classify.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of --limit's draw, and of the false triples to classify.")] = 0,
     record: Annotated[bool, typer.Option("--record", help="Write the scores onto the prefix's card.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -38,7 +40,6 @@ def links(
     Example: `antefix links -p bank/umls --test test.tsv --dev dev.tsv --known train.tsv --limit 100`
     """
     from antefix.attach import attached
-    from antefix.base import load_base
     from antefix.cli.progress import LiveLine
     from antefix.data import read
     from antefix.link_prediction import classification_scores, likelihoods, link_scores, with_one_negative
@@ -51,7 +52,7 @@ def links(
     ranked = tests if limit is None else random.Random(f"links-{seed}").sample(tests, min(limit, len(tests)))
     # Filtered by the whole test set, whatever part of it is ranked.
     every = set(true_triples([*tests, *others]))
-    loaded = load_base(base or kept.card.base.name, dtype=dtype, device=device, revision=kept.card.base.revision)
+    loaded = kept.card.base.load(base, dtype=dtype, device=device)
     likelihood = partial(likelihoods, loaded, batch_size=batch_size)
     with attached(loaded.model, kept):
         with LiveLine(console(), len(ranked), "triple") as line:

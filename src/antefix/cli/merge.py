@@ -23,7 +23,6 @@ def merge(
     Example: `antefix merge bank/menus --out menus-model`
     """
     from antefix import atomic
-    from antefix.base import load_base
     from antefix.errors import CommandError
     from antefix.merge import merged
     from antefix.prefix import Prefix
@@ -33,7 +32,7 @@ def merge(
     kept = Prefix.load(prefix)
     screen = console()
     with screen.status("writing the weights"):
-        made = merged(load_base(base or kept.card.base.name), kept)
+        made = merged(kept.card.base.load(base), kept)
         with atomic.new_folder(out) as scratch:
             made.model.save_pretrained(scratch)
             made.tokenizer.save_pretrained(scratch)

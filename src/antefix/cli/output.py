@@ -14,6 +14,12 @@ Precision = Annotated[
     Literal["float32", "bfloat16", "float16", "int8", "native", "auto"],
     typer.Option("--dtype", help="Precision of the base. native: the fastest here; auto: as its weights are kept."),
 ]
+ReaderOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reader", metavar="KEY=VALUE", help="How the file is read, as a recipe's `data.reader`: `target_column=text`."
+    ),
+]
 PositionsOfSlots = Literal["in_place", "shifted"]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, `mps`; `auto`: an accelerator if there is one.")]
 

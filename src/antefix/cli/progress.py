@@ -85,8 +85,8 @@ class Reading:
 class TrainingProgress(LiveLine):
     """Watches a training run."""
 
-    def __init__(self, out: Console, num_steps: int) -> None:
-        super().__init__(out, num_steps, "step")
+    def __init__(self, out: Console) -> None:
+        super().__init__(out, 0, "step")
         self._dev = ""
         self._said_padded = False
 
@@ -103,6 +103,7 @@ class TrainingProgress(LiveLine):
             report.step,
             f"loss {report.loss:.3f}{self._dev}{star}  {report.pairs_per_second:.1f} pairs/s  "
             f"{clock(report.seconds_left)} left",
+            total=report.num_steps,
             always=report.dev_scores is not None,
         )
 

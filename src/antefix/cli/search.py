@@ -38,7 +38,7 @@ def search(
     Example: `antefix search menus.toml --trials 20`
     """
     from antefix.cli.progress import LiveLine
-    from antefix.cli.train import stop_after_step
+    from antefix.cli.stopping import stop_after_step
     from antefix.training.recipe import load_recipe
     from antefix.training.search import search as run_search
     from antefix.training.search import search_folder

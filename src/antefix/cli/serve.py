@@ -29,12 +29,13 @@ def serve(
     resident_mib: Annotated[int, typer.Option(min=1, help="Memory for prefixes, in MiB.")] = 1024,
     max_body_mib: Annotated[int, typer.Option(min=1, help="The longest request, in MiB.")] = 4,
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Of a chat or a table that does not say, nor its prefix.")
+        int,
+        typer.Option(min=1, help="The most tokens of a chat or table, unless request or prefix say."),
     ] = 1024,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for open requests when the server is stopped.")] = 20.0,
     dtype: Precision = "native",
     device: Device = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the processor; without: as torch chooses.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; without: as torch chooses.")] = None,
     log_texts: Annotated[
         bool, typer.Option("--log-texts", help="Write prompts and texts into the log as well.")
     ] = False,

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from antefix.cli.output import Json, console, print_json
+from antefix.cli.stopping import stop_after_step
 
 if TYPE_CHECKING:
     from antefix.prefix import Prefix
     from antefix.training.prepared import Prepared
     from antefix.training.recipe import Recipe
-
-_STDERR = 2
-_INTERRUPTED = 130
-_STOPPING = b"stopping after this step; the same command goes on from here (Ctrl-C again: stop at once)\n"
 
 
 def train(
@@ -67,7 +59,7 @@ def train(
     with processes.failing_together():  # nobody looks for the checkpoint before it is gone
         if restart and speaks:
             forget(loaded.run_folder)
-    with stop_after_step(speaks=speaks) as stop_requested, TrainingProgress(out, prepared.num_steps) as progress:
+    with stop_after_step(speaks=speaks) as stop_requested, TrainingProgress(out) as progress:
         prefix = run_recipe(loaded, prepared, progress, stop_requested=stop_requested, overwrite=overwrite)
     processes.leave()
     if speaks:
@@ -123,32 +115,3 @@ def _plan(prepared: Prepared) -> list[str]:
             if count:
                 lines.append(f"cut to the limit: {count:,} {what} of the {name} set")
     return lines
-
-
-@contextmanager
-def stop_after_step(message: bytes = _STOPPING, *, speaks: bool = True) -> Iterator[Any]:
-    """The first Ctrl-C (or SIGTERM) ends the run after the step it is in, with a checkpoint; the second at once.
-
-    A process that does not speak, since another does, ends with the exit code alone.
-    """
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        # Past Python's buffers: they may be in the middle of a progress line, and refuse to be entered twice.
-        if speaks:
-            os.write(_STDERR, message)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    except KeyboardInterrupt:
-        if speaks:
-            raise
-        sys.exit(_INTERRUPTED)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

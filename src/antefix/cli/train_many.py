@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from antefix.cli.output import Json, console, print_json
-from antefix.cli.train import stop_after_step
+from antefix.cli.stopping import stop_after_step
 from antefix.errors import CommandError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def train_many(
     min_pairs: Annotated[int, typer.Option(min=1, help="Who has fewer pairs gets no prefix.")] = 8,
     keep_empty: Annotated[
         bool,
-        typer.Option("--keep-empty", help="Of several columns, nothing is a value too; else such rows are left out."),
+        typer.Option("--keep-empty", help="With several columns, an empty cell is a value; else its row is left out."),
     ] = False,
     shared: Annotated[
         bool, typer.Option("--shared", help="Train one prefix on all rows first, and start all others from it.")
@@ -178,10 +178,10 @@ def _message(reports: Sequence[ManyReport], num_left: int) -> str:
 def _shared(out: Console, recipe: Recipe, everybody: Users, stop_requested: Callable[[], bool]) -> Base | None:
     """See that the bank has the prefix that all start from; the base, if it was needed."""
     from antefix.cli.progress import TrainingProgress
-    from antefix.training.many_run import shared_is_kept, shared_steps, started_from, train_shared
+    from antefix.training.many_run import shared_is_kept, started_from, train_shared
     from antefix.training.prepared import recipe_base
 
-    started_from(recipe, recipe.prefix_folder)  # refused before the work, not behind it
+    started_from(recipe, recipe.prefix_folder)  # refused before the work, not after it
     if shared_is_kept(recipe):
         out.print(
             f"all start from {recipe.prefix_folder}, which is there (remove it to train it anew)", highlight=False
@@ -189,7 +189,7 @@ def _shared(out: Console, recipe: Recipe, everybody: Users, stop_requested: Call
         return None
     out.print(f"training {recipe.prefix_folder} on all rows, for all to start from", highlight=False)
     base = recipe_base(recipe)
-    with TrainingProgress(out, shared_steps(recipe, everybody)) as progress:
+    with TrainingProgress(out) as progress:
         train_shared(recipe, everybody, base, progress, stop_requested)
     return base
 

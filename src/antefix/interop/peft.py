@@ -11,8 +11,9 @@ Axes: P slots, G key/value heads, D width.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from antefix import strict_json
@@ -51,6 +52,12 @@ class _AdapterConfig(BaseModel):
     """Of keys and values: PEFT writes the number of groups here where heads are grouped."""
     token_dim: int = Field(ge=1)
     """All key/value heads together."""
+
+    @model_validator(mode="after")
+    def _heads_have_one_width(self) -> Self:
+        if self.token_dim % self.num_attention_heads:
+            raise ValueError(f"token_dim {self.token_dim} is no multiple of {self.num_attention_heads} attention heads")
+        return self
 
 
 def import_peft(folder: str | Path, base: Base, *, positions: Positions = "in_place") -> Prefix:

@@ -103,6 +103,12 @@ class MethodModule(nn.Module):
         """How many slots a site holds."""
         return 0
 
+    def room_in(self, context_length: int | None) -> int | None:
+        """How many tokens a base's context has room for: `shifted` slots take positions. None: nobody knows."""
+        if context_length is None or self.positions != "shifted":
+            return context_length
+        return context_length - self.num_virtual_tokens
+
     @property
     def for_targets(self) -> bool:
         """Whether targets alone see the slots: a source is then read as the base reads it."""

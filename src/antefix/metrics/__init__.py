@@ -7,7 +7,7 @@ the last printed digit. A new metric is a file that follows `base.Metric`, and a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
@@ -92,10 +92,9 @@ def check_java(names: Sequence[str]) -> None:
 
 
 def _tokenised(
-    make: object, references: Sequence[Sequence[str]], hypotheses: Sequence[str]
+    make: Callable[[Sequence[str]], list[str]], references: Sequence[Sequence[str]], hypotheses: Sequence[str]
 ) -> tuple[list[list[str]], list[str]]:
     """Every text through a tokeniser in one call: the Java one takes longer to start than to run."""
-    assert callable(make)
     made = iter(make([*hypotheses, *(text for group in references for text in group)]))
     texts = [next(made) for _ in hypotheses]
     return [[next(made) for _ in group] for group in references], texts

@@ -8,6 +8,7 @@ from antefix.metrics.base import Evaluated, mean_from_sums, mean_of_segments
 
 VERSION = "1"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 
 from_sums = mean_from_sums

@@ -29,6 +29,7 @@ class Metric(Protocol):
     VERSION: str
     """Figures of unlike versions are not to be compared."""
     NEEDS_JAVA: bool
+    HIGHER_IS_BETTER: bool
     RESAMPLED: str
     """In what the bootstrap of this score differs from scoring every draw anew; empty where it does not."""
 

@@ -20,6 +20,7 @@ from antefix.metrics.base import Evaluated, Rows
 
 VERSION = f"mteval13a.1 (sacrebleu {sacrebleu.__version__})"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 ORDERS = 4
 

@@ -13,6 +13,7 @@ from antefix.metrics.base import Evaluated
 
 VERSION = f"dart.1 of {bleu_webnlg.VERSION}"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 
 tokenise = accuracy.tokenise

@@ -12,6 +12,7 @@ from antefix.metrics.base import Evaluated, Rows
 
 VERSION = f"multi-bleu.1 of {bleu.VERSION}"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 REFERENCES = 3
 """The most that the scripts of WebNLG and DART read."""

@@ -3,9 +3,8 @@
 Inputs are drawn with replacement and both systems are scored on the same draw; the differences over many draws
 show how far the measured difference depends on which inputs happened to be in the set.
 
-BLEU and NIST are computed anew from counts on every draw, ROUGE-L and CIDEr are means over the inputs drawn. The
-n-gram weights of NIST and CIDEr stay those of the whole set. METEOR's corpus figure comes out of its Java program
-alone, so here it is the mean of the inputs' scores. `Comparison.note` says so.
+A score is computed anew on every draw from what each input adds to it. Where that cannot be, as with the n-gram
+weights of NIST and CIDEr, the metric says in `RESAMPLED` what is done instead, and `Comparison.note` tells it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ class Comparison:
     """How a first system compares with a second one by one metric."""
 
     difference: float
-    """First minus second, on the whole set; above 0 the first has the higher score, which is better but for TER."""
+    """First minus second, on the whole set; above 0 the first has the higher score, which not always is better
+    (`Metric.HIGHER_IS_BETTER`)."""
     low: float
     """Lower end of the 95 % interval of the difference (percentiles of the draws)."""
     high: float

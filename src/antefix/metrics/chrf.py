@@ -14,6 +14,7 @@ from antefix.metrics.base import Evaluated, Rows
 
 VERSION = f"chrF2.1 (sacrebleu {sacrebleu.__version__})"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 _COUNTER = sacrebleu.CHRF()
 

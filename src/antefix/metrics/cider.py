@@ -15,6 +15,7 @@ from antefix.metrics.base import Evaluated, mean_from_sums, mean_of_segments
 
 VERSION = f"coco.1 (pycocoevalcap {version('pycocoevalcap')})"
 NEEDS_JAVA = True
+HIGHER_IS_BETTER = True
 RESAMPLED = "every draw keeps the n-gram weights of the whole set"
 
 tokenise = tokens_ptb.tokenise

@@ -15,10 +15,11 @@ Any of them may be gzipped. Knows nothing of scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from antefix.data.example import Source, Table, kind_of
 from antefix.data.readers import read, rows_of
@@ -55,27 +56,32 @@ class References:
         return tables
 
 
-def read_references(source: str, split: str | None = None) -> References:
-    """References from a file in one of the formats above. split: as for `antefix.data.read`.
+def read_references(source: str, split: str | None = None, reader: Mapping[str, Any] | None = None) -> References:
+    """References from a file in one of the formats above. split, reader: as for `antefix.data.read`.
 
     Raises DataError in one line naming file and line.
     """
     if not _is_data(source):
         if split is not None:
             raise DataError(f"{source}: a text file has no split '{split}': leave it out")
+        if reader:
+            raise DataError(f"{source}: a text file has no columns: leave --reader out")
         return References(name=source, groups=_blocks(source), sources=None)
     rows = rows_of(source, split)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source}: the file has no rows")
-    column = _bare_column(first[1])
+    column = None if reader else _bare_column(first[1])
     if column is not None:
         ordered = _in_order(chain([first], rows))
         groups = [list(texts_of(row, column, where)) for where, row in ordered]
         return References(name=source, groups=groups, sources=None)
-    examples = read(source, split=split)
+    examples = read(source, split=split, **(reader or {}))
     if not examples[0].targets:
-        raise DataError(f"{examples[0].where}: no reference among the columns {', '.join(first[1])}")
+        raise DataError(
+            f"{examples[0].where}: no reference among the columns {', '.join(first[1])}: name it, "
+            "--reader target_column=NAME"
+        )
     return References(name=source, groups=[list(e.targets) for e in examples], sources=[e.source for e in examples])
 
 

@@ -16,6 +16,7 @@ from antefix.metrics.base import Evaluated, Rows
 
 VERSION = "1"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 
 tokenise = accuracy.tokenise

@@ -19,6 +19,7 @@ from antefix.metrics.base import Evaluated, mean_from_sums, mean_of_segments
 
 VERSION = f"meteor-1.5.1 (pycocoevalcap {version('pycocoevalcap')})"
 NEEDS_JAVA = True
+HIGHER_IS_BETTER = True
 RESAMPLED = "differences of the means of the inputs' scores, not of the corpus figures"
 
 tokenise = tokens_ptb.tokenise

@@ -9,6 +9,7 @@ from antefix.metrics.base import Evaluated
 
 VERSION = f"webnlg.1 of {meteor.VERSION}"
 NEEDS_JAVA = True
+HIGHER_IS_BETTER = True
 RESAMPLED = meteor.RESAMPLED
 
 tokenise = tokens_webnlg.tokenise

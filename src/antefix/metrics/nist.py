@@ -22,6 +22,7 @@ from antefix.metrics.base import Evaluated, Rows
 
 VERSION = "mteval13a.1"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = "every draw keeps the n-gram weights of the whole set"
 ORDERS = 5
 

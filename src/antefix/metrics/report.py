@@ -5,7 +5,7 @@ What `antefix eval` prints. What a score is, stands with each metric.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def measure(
     hypotheses: str,
     *,
     split: str | None = None,
+    reader: Mapping[str, Any] | None = None,
     metrics: Sequence[str] | None = None,
     compare: str | None = None,
     with_fields: bool = False,
@@ -80,13 +81,13 @@ def measure(
 ) -> Report:
     """Score a file of texts, and another one beside it.
 
-    references, split: see `files.read_references`. hypotheses, compare: see `files.read_hypotheses`. metrics: None
-    means those of the E2E challenge, as far as there is Java for them. with_fields: also check the values of the
+    references, split, reader: see `files.read_references`. hypotheses, compare: see `files.read_hypotheses`. metrics:
+    None means those of the E2E challenge, as far as there is Java for them. with_fields: also check the values of the
     tables, which the references must hold then. Raises DataError for a file that cannot be read, and MetricError
     for what `evaluate` and `bootstrap.compare` refuse.
     """
     names, left_out = _chosen(metrics)
-    known = read_references(references, split)
+    known = read_references(references, split, reader)
     files = [hypotheses] if compare is None else [hypotheses, compare]
     texts = [read_hypotheses(file, known) for file in files]
     tables = known.tables() if with_fields else None

@@ -10,6 +10,7 @@ from antefix.metrics import rouge_l, tokens_13a
 
 VERSION = f"13a.1 of {rouge_l.VERSION}"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 
 tokenise = tokens_13a.tokenise

@@ -12,6 +12,7 @@ from antefix.metrics.base import mean_from_sums
 
 VERSION = rouge_score_package.VERSION
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 
 tokenise = accuracy.tokenise

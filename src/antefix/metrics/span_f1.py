@@ -15,9 +15,10 @@ from antefix.metrics.word_accuracy import tag_pairs
 
 VERSION = "conlleval.1"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 
-__all__ = ["NEEDS_JAVA", "RESAMPLED", "VERSION", "evaluate", "from_sums", "spans", "tokenise"]
+__all__ = ["HIGHER_IS_BETTER", "NEEDS_JAVA", "RESAMPLED", "VERSION", "evaluate", "from_sums", "spans", "tokenise"]
 
 
 def evaluate(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Evaluated:

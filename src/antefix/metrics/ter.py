@@ -16,6 +16,7 @@ from antefix.metrics.base import Evaluated, Rows
 
 VERSION = f"tercom.1 (sacrebleu {sacrebleu.__version__})"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = False
 RESAMPLED = ""
 
 tokenise = accuracy.tokenise

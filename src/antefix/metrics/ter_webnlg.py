@@ -9,6 +9,7 @@ from antefix.metrics.base import Evaluated
 
 VERSION = f"webnlg.1 of {ter.VERSION}"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = False
 RESAMPLED = ""
 
 tokenise = tokens_webnlg.tokenise

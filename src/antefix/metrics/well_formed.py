@@ -10,6 +10,7 @@ from antefix.metrics.base import Evaluated, mean_from_sums, mean_of_segments
 
 VERSION = "1"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 
 tokenise = accuracy.tokenise

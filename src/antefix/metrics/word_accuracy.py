@@ -12,11 +12,12 @@ from antefix.metrics.base import Evaluated, Rows, mean_from_sums
 
 VERSION = "1"
 NEEDS_JAVA = False
+HIGHER_IS_BETTER = True
 RESAMPLED = ""
 
 from_sums = mean_from_sums
 
-__all__ = ["NEEDS_JAVA", "RESAMPLED", "VERSION", "evaluate", "from_sums", "tag_pairs", "tokenise"]
+__all__ = ["HIGHER_IS_BETTER", "NEEDS_JAVA", "RESAMPLED", "VERSION", "evaluate", "from_sums", "tag_pairs", "tokenise"]
 
 
 def evaluate(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Evaluated:

@@ -4,7 +4,7 @@ The file is TOML, one table a key:
 
     [[key]]
     name = "kitchen"
-    sha256 = "9f86d0..."           # printf %s "$KEY" | sha256sum
+    sha256 = "..."                 # printf %s "$KEY" | sha256sum
     prefixes = ["menus", "news"]   # left out: all of them, and the bare base
     manage = false                 # may load and unload prefixes
 """

@@ -10,8 +10,6 @@ interrupted run goes on to the same bits by telling them again.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,11 +27,13 @@ from antefix.batches.labelled import hinge_losses
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, all_units
 from antefix.errors import TrainingError
+from antefix.growing_file import GrowingFile, OtherWorkError
 from antefix.methods.base import MethodModule
 from antefix.parts.initial import Positions
 from antefix.parts.key_value import KeyValue
 from antefix.parts.rows import EncoderRows
-from antefix.training.checkpoint import Progress
+from antefix.processes import num_processes
+from antefix.training.checkpoint import Progress, of_another_run
 from antefix.training.feed import Feed, feed_of
 from antefix.training.learner import Outcome
 from antefix.training.loop import StepReport, evaluate
@@ -63,14 +63,16 @@ def search_loop(
     """Search `module`'s vectors; goes on from the generations written in `run_folder`. See `train_loop`.
 
     A step of the reports is a generation. Raises TrainingError where pycma is not installed, for too few candidates,
-    and for a hinge loss without labels.
+    for a hinge loss without labels, and where several processes train as one.
     """
+    if num_processes() > 1:
+        raise TrainingError("what is found without gradients is searched in one process: start it without a launcher")
     points = module.searched()
     num_generations = planned_generations(module, recipe)
     searches = [_search(point, module.step_size, recipe, number) for number, point in enumerate(points)]
     written = _Generations(None if run_folder is None else run_folder / GENERATIONS_FILE, digest)
     evaluate_at = evaluation_steps(num_generations, recipe.evaluations if dev_set or dev_metric else 0)
-    progress, best = Progress(), module.kept()
+    progress, best = Progress(seconds=written.seconds), module.kept()
     module.eval()
     with torch.no_grad(), attached(model, module) as attachment:
         form = batch_form(model, train_set, recipe.packed, labels=module.head is not None)
@@ -81,8 +83,9 @@ def search_loop(
         assert feed is not None
         if recipe.black_box.loss == "hinge" and feed.label_head is None:
             raise TrainingError("training.black_box.loss = 'hinge' is for labels: leave it out")
-        started = time.perf_counter()
+        searched_s = 0.0
         for number in range(num_generations):
+            started = time.perf_counter()
             turn = number % len(points)
             candidates = searches[turn].ask()
             known = written.at(number)
@@ -98,8 +101,10 @@ def search_loop(
                 if is_best:
                     best = module.kept()
             if known is None:
-                written.add({"losses": losses, "dev": scores})
-                seconds = (time.perf_counter() - started) / (progress.step - written.at_start)
+                passed = time.perf_counter() - started
+                searched_s, progress.seconds = searched_s + passed, progress.seconds + passed
+                written.add({"losses": losses, "dev": scores, "seconds": round(passed, 3)})
+                seconds = searched_s / (progress.step - written.at_start)
                 report = StepReport(
                     step=progress.step, num_steps=num_generations, loss=min(losses),
                     learning_rate=float(searches[turn].sigma), batch_form=form,
@@ -112,7 +117,6 @@ def search_loop(
                     raise KeyboardInterrupt
             if progress.stopped_early:
                 break
-    progress.seconds = time.perf_counter() - started
     if not evaluate_at:
         progress.best_step, best = progress.step, module.kept()
     return Outcome(progress, best, form)
@@ -232,43 +236,33 @@ class Candidate(MethodModule):
 
 
 class _Generations:
-    """The losses of generations, a line each, appended as they are known; a line that was cut off is none."""
+    """The losses of generations as they are known, in a file that an interrupted run goes on from."""
 
     def __init__(self, path: Path | None, digest: str) -> None:
-        self._path, self._found = path, self._read(path, digest)
-        self.at_start = len(self._found)
-        if path is not None and not self._found:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{json.dumps({'digest': digest})}\n", encoding="utf-8")
-
-    @staticmethod
-    def _read(path: Path | None, digest: str) -> list[dict[str, Any]]:
         """Raises TrainingError for a file of another run."""
-        if path is None or not path.exists():
-            return []
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        self._file = None if path is None else GrowingFile(path, digest)
         try:
-            head, *found = [json.loads(line) for line in whole]
-            known = head["digest"]
-        except (ValueError, KeyError, TypeError) as error:
+            self._found: list[dict[str, Any]] = [] if self._file is None else self._file.read()
+        except OtherWorkError as error:
+            raise of_another_run(error.path.parent) from error
+        except (OSError, ValueError, TypeError) as error:
             raise TrainingError(f"{path}: not a file of generations ({error}); remove it to start anew") from error
-        if known != digest:
-            raise TrainingError(
-                f"{path.parent} holds an unfinished run of another recipe (or data, or precision): finish that one, "
-                "give this one another `run` folder, or start anew with --restart"
-            )
-        path.write_text("".join(whole), encoding="utf-8")
-        return found
+        self.at_start = len(self._found)
+
+    @property
+    def seconds(self) -> float:
+        """Of the generations that were written down before this run."""
+        return sum(float(one["seconds"]) for one in self._found)
 
     def at(self, number: int) -> dict[str, Any] | None:
         """A generation that was written down before this run."""
         return self._found[number] if number < self.at_start else None
 
     def add(self, generation: dict[str, Any]) -> None:
-        """Write one down."""
-        if self._path is None:
+        """Write one down. Raises TrainingError."""
+        if self._file is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(generation)}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self._file.add(generation)
+        except OSError as error:
+            raise TrainingError(f"{self._file.path}: cannot be written ({error.strerror or error})") from error

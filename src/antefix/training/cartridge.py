@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,13 +11,15 @@ from typing import Any
 
 import torch
 
-from antefix import atomic
 from antefix.base import Base
 from antefix.data.encode import Encoded
 from antefix.data.linearise import TextFormat
+from antefix.digest import digest
 from antefix.errors import PrefixError, TrainingError
+from antefix.growing_file import GrowingFile, OtherWorkError
 from antefix.methods import method_class
 from antefix.methods.cartridge import CartridgeConfig, read_document
+from antefix.pace import Pace
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.self_study import Conversation, Study, converse, longest_chunk
 from antefix.training.loop import StepReport, train_loop
@@ -46,15 +47,15 @@ def train_cartridge(
     run: CartridgeRun,
     folder: Path,
     *,
-    studied: Callable[[int], None] = lambda done: None,
+    studied: Callable[[int, float], None] = lambda done, seconds_left: None,
     watch: Callable[[StepReport], None] = lambda report: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Prefix:
     """Study the document, distil it, return the cartridge. `folder` keeps conversations and checkpoint between runs.
 
-    studied: told how many conversations there are. Raises TrainingError for a study file of another run, PrefixError
-    for a document that cannot be read or is too short and for slots that leave no room, BaseModelError for a base that
-    cannot converse, KeyboardInterrupt where a stop was requested.
+    studied: told how many conversations were tried, and the seconds that the rest takes. Raises TrainingError for a
+    study file of another run, PrefixError for a document that cannot be read or is too short and for slots that leave
+    no room, BaseModelError for a base that cannot converse, KeyboardInterrupt where a stop was requested.
     """
     room = longest_chunk(base, run.study)
     if run.config.num_virtual_tokens is not None and run.config.num_virtual_tokens > room:
@@ -83,7 +84,7 @@ def train_cartridge(
         text_format=TextFormat(chat=True).to_dict(),
         training={
             "data": Path(run.document).name,
-            "data_hash": hashlib.sha256(read_document(run.document).encode()).hexdigest()[:16],
+            "data_hash": digest(read_document(run.document)),
             "conversations": len(conversations),
             "study": asdict(run.study),
             "steps": outcome.progress.step,
@@ -103,42 +104,45 @@ def study_file(
     base: Base,
     run: CartridgeRun,
     path: Path,
-    studied: Callable[[int], None] = lambda done: None,
+    studied: Callable[[int, float], None] = lambda done, seconds_left: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[Conversation]:
-    """The run's conversations: those that the file has, and new ones, written to it as they are made."""
+    """The run's conversations: those that the file has, and new ones, written to it as they are made.
+
+    They are made a few at a time: their number is rounded up. Raises TrainingError for a file of another study.
+    """
     document = base.tokenizer(read_document(run.document), add_special_tokens=False)["input_ids"]
     study = asdict(run.study) | {"chunk_tokens": list(run.study.chunk_tokens)}
-    made_for = {"base": base.fingerprint, "document": hashlib.sha256(repr(document).encode()).hexdigest()[:16], **study}
-    done, conversations = _read(path, made_for)
-    while done < run.conversations:
-        numbers = list(range(done, min(done + _AT_ONCE, run.conversations)))
-        new = converse(base, document, run.study, numbers)
-        done = numbers[-1] + 1
-        conversations += new
-        _append(path, made_for, done, new)
-        studied(done)
+    file = GrowingFile(path, {"base": base.fingerprint, "document": digest(repr(document)), **study})
+    num_batches = math.ceil(run.conversations / _AT_ONCE)
+    batches = _read(file)[:num_batches]
+    pace = Pace(num_batches - len(batches))
+    for number in range(len(batches), num_batches):
+        first = number * _AT_ONCE
+        batches.append(converse(base, document, run.study, list(range(first, first + _AT_ONCE))))
+        _add(file, batches[-1])
+        pace.one_done()
+        studied(first + _AT_ONCE, pace.seconds_left)
         if stop_requested():
             raise KeyboardInterrupt
-    return conversations
+    return [conversation for batch in batches for conversation in batch]
 
 
-def _read(path: Path, made_for: dict[str, Any]) -> tuple[int, list[Conversation]]:
-    """How many conversations were tried, and those that came of it."""
-    if not path.exists():
-        return 0, []
-    done, found = 0, []
+def _read(file: GrowingFile) -> list[list[Conversation]]:
+    """What came of every few that were tried."""
     try:
-        head, *lines = path.read_text(encoding="utf-8").splitlines()
-        if json.loads(head) != made_for:
-            raise TrainingError(f"{path} holds conversations of another document, base or study: remove it")
-        for line in lines:
-            content = json.loads(line)
-            done = content["done"]
-            found += [_conversation(c) for c in content["conversations"]]
+        return [[_conversation(c) for c in batch] for batch in file.read()]
+    except OtherWorkError as error:
+        raise TrainingError(f"{file.path} holds conversations of another document, base or study: remove it") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path}: not a readable study file ({error}); remove it") from error
-    return done, found
+        raise TrainingError(f"{file.path}: not a readable study file ({error}); remove it") from error
+
+
+def _add(file: GrowingFile, batch: Sequence[Conversation]) -> None:
+    try:
+        file.add([asdict(conversation) for conversation in batch])
+    except OSError as error:
+        raise TrainingError(f"{file.path}: cannot be written ({error.strerror or error})") from error
 
 
 def _conversation(content: dict[str, Any]) -> Conversation:
@@ -146,15 +150,7 @@ def _conversation(content: dict[str, Any]) -> Conversation:
     return Conversation(tuple(content["prompt"]), tuple(content["answer"]), top)
 
 
-def _append(path: Path, made_for: dict[str, Any], done: int, new: Sequence[Conversation]) -> None:
-    """A whole line at once; what a crash cut off is overwritten by nobody, since a line is written only when whole."""
-    before = path.read_bytes() if path.exists() else f"{json.dumps(made_for)}\n".encode()
-    line = json.dumps({"done": done, "conversations": [asdict(c) for c in new]})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_bytes(path, before + f"{line}\n".encode())
-
-
 def _digest(base: Base, run: CartridgeRun) -> str:
     parts = (base.fingerprint, base.precision, repr(run.config), str(run.conversations), repr(run.study),
              run.training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}))  # fmt: skip
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return digest(*parts)

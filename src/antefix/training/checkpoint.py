@@ -91,10 +91,7 @@ def load_checkpoint(
     except (SafetensorError, OSError) as error:
         raise TrainingError(f"{path}: not a readable checkpoint ({error}); remove it to start anew") from error
     if metadata.get("digest") != digest:
-        raise TrainingError(
-            f"{path.parent} holds an unfinished run of another recipe (or data, or precision): finish that one, "
-            "give this one another `run` folder, or start anew with --restart"
-        )
+        raise of_another_run(path.parent)
     module.load_state_dict(_under("module.", tensors))
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under("optimiser.", tensors).items():
@@ -102,6 +99,14 @@ def load_checkpoint(
         state.setdefault(int(index), {})[key] = tensor
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     return Progress(**json.loads(metadata["progress"])), _under("best.", tensors)
+
+
+def of_another_run(folder: Path) -> TrainingError:
+    """What is said where a run would go on from another one's files."""
+    return TrainingError(
+        f"{folder} holds an unfinished run of another recipe (or data, or precision): finish that one, "
+        "give this one another `run` folder, or start anew with --restart"
+    )
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

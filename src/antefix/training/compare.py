@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,18 +20,20 @@ from antefix.attach import attached
 from antefix.base import Base
 from antefix.data import read
 from antefix.data.example import Example
+from antefix.digest import digest
 from antefix.errors import TrainingError
 from antefix.generated_file import GeneratedFile
-from antefix.metrics import evaluate
+from antefix.metrics import check_java, evaluate, load
 from antefix.metrics.bootstrap import Comparison
 from antefix.metrics.bootstrap import compare as compare_systems
 from antefix.prefix import Prefix
 from antefix.tasks import METRICS_OF
-from antefix.training.prepared import prepare_recipe, recipe_base
+from antefix.training.identity import recipe_digest
+from antefix.training.prepared import prepare_recipe, recipe_base, recipe_examples
 from antefix.training.recipe import Recipe
-from antefix.training.run import answer_each, run
+from antefix.training.run import answer_each, data_hash, run
 
-TEXTS_FILE, PREFIX_FOLDER, RUN_FOLDER = "texts.jsonl", "prefix", "run"
+TEXTS_FILE, PREFIX_FOLDER, RUN_FOLDER, WORK_FILE = "texts.jsonl", "prefix", "run", "work.txt"
 _PROBED_STEPS, _PROBED_SOURCES = 2, 4
 
 
@@ -43,13 +45,18 @@ class Plan:
     seeds: tuple[int, ...]
     test: Sequence[Example]
     metrics: tuple[str, ...]
+    """The first one ranks the recipes."""
     folder: Path
+    data: Mapping[str, str]
+    """By recipe, a digest of what is trained on and of the test set."""
 
     @property
     def runs(self) -> list[Run]:
         """All runs, seed by seed, so that every recipe has some soon."""
         return [
-            Run(recipe, seed, self.folder / f"{recipe.name}-{seed}") for seed in self.seeds for recipe in self.recipes
+            Run(recipe, seed, self.folder / f"{recipe.name}-{seed}", self.data[recipe.name])
+            for seed in self.seeds
+            for recipe in self.recipes
         ]
 
 
@@ -60,6 +67,12 @@ class Run:
     recipe: Recipe
     seed: int
     folder: Path
+    data: str
+
+    @property
+    def work(self) -> str:
+        """Tells this run from that of another recipe, other data or another test set."""
+        return digest(recipe_digest(self.with_seed), self.data)
 
     @property
     def is_done(self) -> bool:
@@ -102,9 +115,10 @@ def plan_of(
     recipes: Sequence[Recipe], seeds: Sequence[int], test: str, metrics: Sequence[str] | None, folder: Path,
     *, unequal: bool = False,
 ) -> Plan:  # fmt: skip
-    """What is compared, checked. Raises TrainingError for recipes that do not learn the same, or not for as long.
+    """What is compared, checked.
 
-    unequal: that they may see other pairs, or more of them.
+    unequal: that recipes may see other pairs, or more of them. Raises TrainingError for recipes that do not learn the
+    same, or not for as long, and for a folder with runs of other ones; MetricError for metrics that cannot be had.
     """
     if len({r.name for r in recipes}) < len(recipes):
         raise TrainingError("two of the recipes have the same name: give each a name of its own")
@@ -113,7 +127,7 @@ def plan_of(
     if not unequal:
         for what, values in (
             ("data", {r.data.model_dump_json(exclude={"text"}) for r in recipes}),
-            ("pairs seen (epochs, max_steps, pairs_per_step)", {repr(_budget(r)) for r in recipes}),
+            ("pairs seen (epochs, max_steps, pairs_per_step)", {str(_budget(r)) for r in recipes}),
         ):
             if len(values) > 1:
                 raise TrainingError(f"the recipes differ in their {what}: make them equal, or say --unequal")
@@ -122,12 +136,30 @@ def plan_of(
     if not examples:
         raise TrainingError(f"{test}: no example has a target to compare with")
     chosen = tuple(metrics or METRICS_OF[first.task][:1])
-    return Plan(recipes=tuple(recipes), seeds=tuple(seeds), test=examples, metrics=chosen, folder=folder)
+    check_java([name for name in chosen if load(name).NEEDS_JAVA])  # told before hours of training
+    plan = Plan(
+        recipes=tuple(recipes), seeds=tuple(seeds), test=examples, metrics=chosen, folder=folder,
+        data={r.name: digest(*map(data_hash, (*recipe_examples(r), examples))) for r in recipes},
+    )  # fmt: skip
+    for one in plan.runs:
+        _check_work(one)
+    return plan
 
 
-def _budget(recipe: Recipe) -> tuple[Any, ...]:
+def _check_work(one: Run) -> None:
+    file = one.folder / WORK_FILE
+    if one.folder.exists() and (not file.exists() or file.read_text(encoding="utf-8").strip() != one.work):
+        raise TrainingError(
+            f"{one.folder} holds a run of another recipe, other data or another test set: give another --out, or "
+            "remove it"
+        )
+
+
+def _budget(recipe: Recipe) -> tuple[str, float]:
     training = recipe.training
-    return (training.epochs if training.max_steps is None else training.max_steps * training.pairs_per_step,)
+    if training.max_steps is None:
+        return "epochs", training.epochs
+    return "pairs", training.max_steps * training.pairs_per_step
 
 
 def expected_seconds(plan: Plan, base_of: Callable[[Recipe], Base]) -> float:
@@ -156,6 +188,9 @@ def expected_seconds(plan: Plan, base_of: Callable[[Recipe], Base]) -> float:
 def finish(one: Run, plan: Plan, base: Base, watch: Callable[[Any], None], stop_requested: Callable[[], bool]) -> None:
     """Train a run and write its texts, from where it stopped."""
     kept = one.folder / PREFIX_FOLDER
+    if not one.folder.exists():
+        with atomic.new_folder(one.folder) as scratch:
+            (scratch / WORK_FILE).write_text(f"{one.work}\n", encoding="utf-8")
     prepared = prepare_recipe(one.with_seed, base=base)
     if not kept.exists():
         run(prepared, one.folder / RUN_FOLDER, watch, stop_requested=stop_requested).save(kept)
@@ -190,7 +225,7 @@ def table(plan: Plan) -> list[Row]:
                 scores={m: [one[m].score for one in scored[recipe.name]] for m in plan.metrics},
             )
         )  # fmt: skip
-    rows.sort(key=lambda row: -row.mean(plan.metrics[0]))
+    rows.sort(key=lambda row: row.mean(plan.metrics[0]), reverse=load(plan.metrics[0]).HIGHER_IS_BETTER)
     if not rows:
         return rows
     best = scored[rows[0].name]

@@ -6,7 +6,6 @@ whose data did not change is not trained again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from antefix.bank import Bank
 from antefix.data.example import Example
+from antefix.digest import digest
 from antefix.errors import PrefixError, TrainingError
 from antefix.prefix import Card
 from antefix.tensor_file import TENSORS_FILE, sha256_of
@@ -56,12 +56,12 @@ def recipe_digest(recipe: Recipe) -> str:
     content = recipe.model_dump_json(exclude=_CHANGES_NOTHING)
     parent = recipe.method_config.parent
     started_from = "" if parent is None else sha256_of(Path(parent) / TENSORS_FILE)
-    return _digest(content, started_from)
+    return digest(content, started_from)
 
 
 def identity_of(user: User, of_recipe: str) -> Identity:
     """Of a user under a recipe of this digest."""
-    return Identity(user.by, _digest(_written(user.train), _written(user.dev)), of_recipe)
+    return Identity(user.by, digest(_written(user.train), _written(user.dev)), of_recipe)
 
 
 def is_done(bank: Bank, user: User, of_recipe: str, *, overwrite: bool) -> bool:
@@ -91,7 +91,3 @@ def is_done(bank: Bank, user: User, of_recipe: str, *, overwrite: bool) -> bool:
 
 def _written(examples: Sequence[Example]) -> str:
     return repr([(e.source, e.targets) for e in examples])
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -81,7 +81,7 @@ def _draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         best = min(dev, key=lambda point: point[1])
         axes.plot(*zip(*dev, strict=True), "o-", color="tab:orange", label="dev loss")
         axes.annotate(f"{best[1]:.3f}", best, textcoords="offset points", xytext=(0, 8), ha="center")
-    axes.set(xlabel="optimiser step", ylabel="loss (nats a target token)", title=title)
+    axes.set(xlabel="optimiser step", ylabel="loss", title=title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)

@@ -88,8 +88,8 @@ class Learner:
         """No gradients: the step begins, or begins anew."""
         self._optimiser.zero_grad(set_to_none=True)
 
-    def problem(self, loss: float) -> TrainingError | None:
-        """Why the step cannot be made, behind the backward pass; None: it can."""
+    def check_gradients(self, loss: float) -> TrainingError | None:
+        """After the backward pass and before `step`: why the step cannot be made; None: it can."""
         self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         step, rate = self.progress.step + 1, self._learning_rate
         if not math.isfinite(loss):
@@ -99,7 +99,7 @@ class Learner:
         return None
 
     def step(self) -> float:
-        """Make the step, behind `problem`; returns its learning rate."""
+        """Make the step, after `check_gradients`; returns its learning rate."""
         rate = rate_at(self.progress.step, self._learning_rate, self.num_steps, self.recipe)
         for group in self._optimiser.param_groups:
             group["lr"] = rate * group["scale"]

@@ -170,7 +170,7 @@ def _gradients(learner: Learner, feed: Feed, units: Sequence[Unit], accelerator:
         part_loss.backward()  # type: ignore[no-untyped-call]
         loss += part_loss.detach()
     whole = float(sum_gradients(learner.parameters, loss))
-    if (problem := learner.problem(whole)) is not None:
+    if (problem := learner.check_gradients(whole)) is not None:
         with failing_together():  # a step's loss is the same in all processes
             raise problem
     return whole

@@ -140,7 +140,7 @@ def _gradients(
     for mixed in passes(base.model, attachment, shares, form, recipe.tokens_per_batch, recipe.label_smoothing):
         losses = [by_seat[seat].step_loss(mixed.of(seat)) for seat in mixed.owners]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-    return {learner: str(problem) for learner in learners if (problem := learner.problem) is not None}
+    return {learner: str(problem) for learner in learners if (problem := learner.check_gradients()) is not None}
 
 
 @torch.no_grad()

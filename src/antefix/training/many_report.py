@@ -13,6 +13,7 @@ from antefix import atomic
 from antefix.bank import Bank
 from antefix.errors import PrefixError, TrainingError
 from antefix.prefix import Card
+from antefix.training.identity import Identity, identity_of
 from antefix.training.many_run import ManyPlan
 from antefix.training.users import User
 
@@ -90,7 +91,7 @@ class Report:
 
 def report_of(plan: ManyPlan, failed: Mapping[str, str]) -> Report:
     """From what is in the bank. failed: name -> why."""
-    bank, waiting = Bank(plan.recipe.bank), {user.name for user in plan.waiting}
+    bank, new = Bank(plan.recipe.bank), {user.name for user in plan.waiting}
     few = _FEW * statistics.median(user.num_pairs for user in plan.everybody.users)
     rows = []
     for user in plan.everybody.users:
@@ -102,8 +103,10 @@ def report_of(plan: ManyPlan, failed: Mapping[str, str]) -> Report:
         except PrefixError as error:
             rows.append(_row(user, "failed", None, few, str(error)))
             continue
-        is_new = user.name in waiting
-        rows.append(_row(user, "waiting" if card is None else "trained" if is_new else "unchanged", card, few))
+        if card is None or Identity.of_card(card) != identity_of(user, plan.digest):  # what is there is an older one
+            rows.append(_row(user, "waiting", None, few))
+        else:
+            rows.append(_row(user, "trained" if user.name in new else "unchanged", card, few))
     skipped = [{"by": dict(one.by), "pairs": one.num_pairs} for one in plan.everybody.skipped]
     return Report(rows, skipped, plan.everybody.without_value)
 

@@ -27,7 +27,7 @@ from antefix.training.run import run
 from antefix.training.schedule import planned_steps_of
 from antefix.training.shareable import check_shareable
 from antefix.training.team import Work
-from antefix.training.users import User, Users, pairs_of
+from antefix.training.users import User, Users
 
 CHECKPOINTS_FOLDER, SHARED_FOLDER = "users", "shared"
 
@@ -64,12 +64,11 @@ def plan_many(recipe: Recipe, everybody: Users, *, overwrite: bool = False) -> M
 
 def work_of(
     plan: ManyPlan, users: Sequence[User], base: Base, fail: Callable[[User, str], None],
-    *, kept: Callable[[User], None] = lambda user: None, tokens_at_work: int | None = None,
+    *, tokens_at_work: int | None = None,
 ) -> Work:  # fmt: skip
     """The work of training these users of a plan into its bank.
 
-    kept: is told of every prefix that is in the bank. Raises TrainingError for a recipe whose prefixes cannot share a
-    forward pass.
+    Raises TrainingError for a recipe whose prefixes cannot share a forward pass.
     """
     recipe = plan.recipe
     torch.manual_seed(recipe.training.seed)
@@ -84,7 +83,6 @@ def work_of(
         card = identity_of(user, plan.digest).on_card(prefix.card)
         card = card.model_copy(update={"tags": (*card.tags, *(f"{c}={v}" for c, v in user.by.items()))})
         replace(prefix, card=card).save(bank.path(user.name), overwrite=True)
-        kept(user)
 
     return Work(
         users=users,
@@ -142,8 +140,3 @@ def train_shared(
     everyone = User(name=recipe.name, by={}, train=tuple(train), dev=tuple(dev))
     card = identity_of(everyone, recipe_digest(recipe)).on_card(prefix.card)
     replace(prefix, card=card).save(recipe.prefix_folder)
-
-
-def shared_steps(recipe: Recipe, everybody: Users) -> int:
-    """How many optimiser steps the shared prefix takes."""
-    return planned_steps_of(sum(pairs_of(user.train) for user in everybody.users), recipe.training)

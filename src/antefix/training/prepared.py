@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +9,13 @@ from typing import Any
 
 import torch
 
-from antefix.base import Base, load_base, native_precision
+from antefix.base import Base, load_base
 from antefix.data import read, sample_pairs, split_examples
 from antefix.data.encode import Encoded, Limits, encode
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
+from antefix.digest import digest
 from antefix.errors import DataError, PrefixError, TrainingError
 from antefix.generation import default_decoding, require_generator
 from antefix.methods import method_class
@@ -23,7 +23,7 @@ from antefix.methods.base import MethodConfig, MethodModule
 from antefix.parts.label_head import LabelHead
 from antefix.parts.word_head import Head, WordHead
 from antefix.prefix import Prefix
-from antefix.processes import on_processor
+from antefix.processes import device
 from antefix.settings import validated
 from antefix.sites import find_sites
 from antefix.tasks import LabelTask, Task, TaskName, task_of
@@ -68,7 +68,7 @@ class Prepared:
             repr(self.text_format), repr(self.decoding), repr(self.train_set), repr(self.dev_set),
             self.training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}),
         )  # fmt: skip
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return digest(*parts)
 
 
 def recipe_examples(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -87,11 +87,8 @@ def recipe_examples(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example
 
 
 def recipe_base(recipe: Recipe) -> Base:
-    """Load the base a recipe names."""
-    dtype = recipe.dtype
-    if dtype == "native":  # of the device that Accelerate will train on
-        dtype = native_precision("cpu" if on_processor() else "auto")
-    return load_base(recipe.base, dtype=dtype, revision=recipe.base_revision)
+    """Load the base a recipe names, where this process computes."""
+    return load_base(recipe.base, dtype=recipe.dtype, device=str(device()), revision=recipe.base_revision)
 
 
 def prepare_recipe(
@@ -163,10 +160,8 @@ def prepare(
     torch.manual_seed(training.seed)
     module = fresh or built(base, method, checked, made)
     text_format = module.with_symbols(text_format)
-    shift = module.num_virtual_tokens if module.positions == "shifted" else 0
-    context = None if base.context_length is None else base.context_length - shift
     fits = Limits(
-        context=context,
+        context=module.room_in(base.context_length),
         target=max_target_tokens,
         condition=module.condition_length,
         inserted=module.num_inserted_tokens,

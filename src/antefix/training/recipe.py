@@ -44,7 +44,8 @@ class DataRecipe(_Section):
     reader: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the reader: `target_column = "text"` and the like."""
     pairs: int | None = Field(None, ge=1)
-    """Take this many source/target pairs: whole sources with all their targets, drawn with the seed."""
+    """Take this many source/target pairs: sources with all their targets, drawn with the seed, the last one cut to fit;
+    more than there are is an error."""
     dev_pairs: int | None = Field(200, ge=1)
     """The same for the dev set; a number larger than the set takes all of it."""
     text: dict[str, Any] = Field(default_factory=dict)
@@ -163,7 +164,7 @@ class Recipe(_Section):
     search: SearchRecipe = SearchRecipe()
     """What `antefix search` varies; a single run passes over it."""
     decoding: Decoding | None = None
-    """Decoding defaults for the card; None: beams of 5 for tables and triples, else greedy."""
+    """Decoding defaults for the card; without `num_beams`: beams of 5 for tables and triples, else greedy."""
     tags: tuple[str, ...] = ()
     """Words for the card; `antefix bank list` shows them."""
     licence: str | None = None

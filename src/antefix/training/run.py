@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from antefix.data import split_examples
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
+from antefix.digest import digest
 from antefix.errors import TrainingError
 from antefix.generation import generate_each
 from antefix.labels import label_each
@@ -147,10 +147,7 @@ def forget(run_folder: Path) -> None:
 
 def data_hash(examples: Sequence[Example]) -> str:
     """Sixteen hexadecimal digits of sources and targets, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.source, example.targets)).encode())
-    return digest.hexdigest()[:16]
+    return digest(*(repr((example.source, example.targets)) for example in examples))
 
 
 def _score_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
@@ -183,7 +180,7 @@ def _metric_versions(prepared: Prepared) -> dict[str, Any]:
 
 
 def card_of(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: str | None, notes: str) -> Card:
-    """What a prefix says about itself behind its training."""
+    """What a prefix says about itself after its training."""
     base, training, progress = prepared.base, prepared.training, outcome.progress
     return Card(
         method=prepared.method,
@@ -192,7 +189,8 @@ def card_of(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence
         base=BaseRecord(name=base.name, revision=base.revision, fingerprint=base.fingerprint),
         task=prepared.task,
         text_format=prepared.text_format.to_dict(),
-        decoding=prepared.decoding.model_dump(mode="json", exclude_defaults=True),
+        # Whole, so that a later default does not change what a kept prefix writes.
+        decoding=prepared.decoding.model_dump(mode="json") if prepared.task is None else {},
         training={
             "data": prepared.data_name,
             "data_hash": data_hash(prepared.train_examples),

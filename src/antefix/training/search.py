@@ -7,7 +7,6 @@ how values are drawn (`trials`), nor of what a search leaves to look at (`search
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -20,6 +19,7 @@ import torch
 
 from antefix.base import Base
 from antefix.data.example import Example
+from antefix.digest import digest
 from antefix.errors import AntefixError, TrainingError
 from antefix.methods import method_class
 from antefix.training.loop import StepReport
@@ -224,7 +224,7 @@ def _plan(recipe: Recipe, prepared: Prepared) -> Plan:
         maximise=training.dev_metric != "loss",
         seed=recipe.search.seed,
         prune=recipe.search.prune,
-        facts={name: hashlib.sha256(repr(fact).encode()).hexdigest()[:16] for name, fact in facts.items()},
+        facts={name: digest(repr(fact)) for name, fact in facts.items()},
     )
 
 

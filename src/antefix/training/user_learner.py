@@ -82,13 +82,12 @@ class UserLearner:
         self.learner.clear()
         self._loss = 0.0
 
-    @property
-    def problem(self) -> TrainingError | None:
-        """Why the step cannot be made, behind the backward pass; None: it can."""
-        return self.learner.problem(self._loss)
+    def check_gradients(self) -> TrainingError | None:
+        """After the backward pass and before `step`: why the step cannot be made; None: it can."""
+        return self.learner.check_gradients(self._loss)
 
     def step(self) -> float:
-        """Make the step, behind `problem`; returns its loss."""
+        """Make the step, after `check_gradients`; returns its loss."""
         self.learner.step()
         loss, self._loss = self._loss, 0.0
         self._next_step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from antefix.data.example import Example
 from antefix.data.groups import Groups, Values, read_groups
 from antefix.data.sample import sample_pairs, split_examples
+from antefix.digest import digest
 from antefix.errors import TrainingError
 from antefix.training.recipe import Recipe
 
@@ -96,8 +96,7 @@ def prefix_name(recipe_name: str, values: Values) -> str:
     name = ".".join([recipe_name, *("".join(_written(c) for c in value) for value in values)])
     if len(name) <= MOST_NAME_CHARACTERS:
         return name
-    digest = hashlib.sha256(repr(values).encode()).hexdigest()[:_DIGEST_CHARACTERS]
-    return f"{name[: MOST_NAME_CHARACTERS - _DIGEST_CHARACTERS - 1]}-{digest}"
+    return f"{name[: MOST_NAME_CHARACTERS - _DIGEST_CHARACTERS - 1]}-{digest(repr(values))[:_DIGEST_CHARACTERS]}"
 
 
 def _written(character: str) -> str:
