@@ -34,7 +34,7 @@ types: $(VENV)/.dev  ## Check the types
 docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(BIN)/typer antefix.cli utils docs --name antefix --title "Commands" --output docs/commands.md > /dev/null
 	$(BIN)/python docs/generate_recipe_page.py > docs/recipe.md
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 check: lint types test docs  ## All of it
 

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from antefix.decoding import Decoding
 from antefix.methods import METHODS, method_class
-from antefix.training.recipe import DataRecipe, Recipe, TrainingRecipe
+from antefix.training.objectives import RankingWeights
+from antefix.training.recipe import BlackBoxRecipe, DataRecipe, Recipe, TrainingRecipe
 from antefix.training.space import Range, SearchRecipe
 
 INTRODUCTION = """\
@@ -31,8 +32,8 @@ own keys come first, the sections after them. An unknown key is an error that na
 What stands in `[data.reader]` and `[data.text]` is described in [Data](data.md).
 """
 DECODING = """\
-Also the keys of `antefix generate --set`; names and meanings are those of transformers' `generate`. A recipe that has
-this section gets the defaults below for what it leaves out, also for tables.
+Also the keys of `antefix generate --set`; names and meanings are those of transformers' `generate`. What this section
+leaves out has the defaults below; but tables and triples are decoded with beams of 5 unless `num_beams` is set.
 """
 SEARCH = """\
 What `antefix search` tries; `antefix train` passes over it.
@@ -45,6 +46,11 @@ A key of the recipe, in quotes, has bounds or choices:
 "training.learning_rate" = {low = 1e-3, high = 1e-1, log = true}
 "config.num_virtual_tokens" = {choices = [5, 10, 20]}
 ```
+
+May be searched: `base`, `dtype`, `method`, `config.*`, `training.*`, `decoding.*`, `data.pairs`,
+`data.max_source_tokens`, `data.text.*`. Not: `training.seed`, `training.dev_metric`, `training.dev_metric_sources`,
+`training.trackers`, `training.checkpoint_seconds`. `base` and `decoding.*` need a `training.dev_metric` other than the
+loss.
 """
 KINDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true, false", "array": "list of texts"}
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
@@ -90,6 +96,8 @@ def page() -> Iterator[str]:
         yield from (f"## `[config]` of `{method}`", "", *rows(config), "")
         yield from (f"`training.learning_rate` is {rate:g} with these defaults.", "")
     yield from ("## `[training]`", "", *rows(TrainingRecipe), "")
+    yield from ("## `[training.ranking]`", "", *rows(RankingWeights), "")
+    yield from ("## `[training.black_box]`", "", *rows(BlackBoxRecipe), "")
     yield from ("## `[search]`", "", SEARCH, *rows(SearchRecipe), "")
     yield from ("## `[search.space]`", "", RANGE, *rows(Range), "")
     yield from ("## `[decoding]`", "", DECODING, *rows(Decoding))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_base
+from markdown.extensions.toc import slugify
 from served import serving
 from test_layout import LAYERS
 from typer.main import get_command
@@ -116,8 +117,16 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> Non
     for page in PAGES[1:]:
         assert str(page.relative_to(ROOT / "docs")) in navigation, f"{page.name} is not in mkdocs.yml"
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+        for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            target = (page.parent / link) if link else page
+            assert target.exists(), f"{page.name} links to {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name} links to {link}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name of a page: its headings, as mkdocs makes anchors of them."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    return {slugify(title, "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
 
 
 def test_the_command_page_is_what_the_commands_say() -> None:
