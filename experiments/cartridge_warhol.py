@@ -5,7 +5,7 @@
 GUM_news_warhol (about 2,200 tokens of SmolLM2-135M). The base studies it: 128 questions and answers to learn from and
 32 of another seed, held out. Loss: of the held-out answers, in nats a token, with nothing in context, with the document
 in context, and with cartridges of 64, 256 and 1,024 slots before and after training. Writes
-`results/cartridge_warhol/`; most of an hour on two cores.
+`results/cartridge_warhol/`; two hours on two cores.
 """
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ def plot(found: dict[str, dict[str, Any]]) -> None:
     axes.plot(context["document_mib"], context["document"], "s", color="black", label="the document in context")
     axes.axhline(context["nothing"], color="grey", linewidth=1, label="nothing in context")
     axes.set_xscale("log")
+    axes.margins(y=0.12)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("keys and values, MiB")
     axes.set_ylabel("loss of held-out answers, nats a token")
     axes.spines[["top", "right"]].set_visible(False)

@@ -69,7 +69,7 @@ class Diagnosis:
         """Whether there are sites and no proof failed."""
         return self.refusal is None and all(p.passed is not False for p in self.proofs)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON: everything above, sites layer by layer."""
         sites = None if self.sites is None else self.sites.to_dict()
         return {**asdict(replace(self, sites=None)), "sites": sites, "can_carry_prefix": self.can_carry_prefix}

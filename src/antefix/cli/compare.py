@@ -37,7 +37,7 @@ def compare(
     """
     from antefix.cli.progress import LiveLine, clock
     from antefix.cli.stopping import stop_after_step
-    from antefix.training.compare import as_facts, base_loader, expected_seconds, finish, plan_of, table, write_table
+    from antefix.training.compare import base_loader, expected_seconds, finish, plan_of, table, write_table
     from antefix.training.recipe import load_recipe
 
     try:
@@ -65,7 +65,7 @@ def compare(
     rows = table(plan)
     write_table(rows, plan)
     if as_json:
-        print_json({"metrics": plan.metrics, "rows": [as_facts(row) for row in rows]})
+        print_json({"metrics": plan.metrics, "rows": [row.to_dict() for row in rows]})
         return
     screen.print(_table(rows, plan))
     typer.echo(f"the table and a plot are in {out}")

@@ -30,7 +30,7 @@ def doctor(
     with console().status(f"examining {model}"):
         diagnosis = examine(load_base(model, dtype=dtype, device=device))
     if as_json:
-        print_json(diagnosis.as_dict())
+        print_json(diagnosis.to_dict())
     else:
         for line in _report(diagnosis):
             typer.echo(line)

@@ -119,7 +119,7 @@ def train_many(
             report = report_of(plan, failed)
             write_report(report, loaded.run_folder, loaded.name)
     if as_json:
-        print_json(report.facts())
+        print_json(report.to_dict())
     else:
         _show(report, loaded)
     if failed:
@@ -223,7 +223,7 @@ def _show(report: Report, recipe: Recipe) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    facts = report.facts()
+    facts = report.to_dict()
     table = Table(box=SIMPLE, title=f"the worst {len(report.worst)}", title_justify="left")
     for head in ("prefix", "pairs", "dev loss", "base's", "reason"):
         table.add_column(head, justify="left" if head in ("prefix", "reason") else "right", overflow="fold")

@@ -110,6 +110,15 @@ class Row:
         values = self.scores[metric]
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        against = {
+            seed: {"difference": c.difference, "low": c.low, "high": c.high, "p_value": c.p_value}
+            for seed, c in self.against_best.items()
+        }
+        return {"name": self.name, "method": self.method, "trained": self.trained, "kept": self.kept,
+                "scores": self.scores, "seconds": round(self.seconds, 1), "minus_the_best": against}  # fmt: skip
+
 
 def plan_of(
     recipes: Sequence[Recipe], seeds: Sequence[int], test: str, metrics: Sequence[str] | None, folder: Path,
@@ -247,19 +256,9 @@ def _texts(path: Path) -> list[str]:
 def write_table(rows: Sequence[Row], plan: Plan) -> None:
     """`results.json` and `comparison.png` in the plan's folder."""
     content = {"metrics": plan.metrics, "seeds": plan.seeds, "test_examples": len(plan.test),
-               "rows": [as_facts(row) for row in rows]}  # fmt: skip
+               "rows": [row.to_dict() for row in rows]}  # fmt: skip
     atomic.write_bytes(plan.folder / "results.json", f"{json.dumps(content, indent=1)}\n".encode())
     _plot(rows, plan)
-
-
-def as_facts(row: Row) -> dict[str, Any]:
-    """For JSON."""
-    against = {
-        seed: {"difference": c.difference, "low": c.low, "high": c.high, "p_value": c.p_value}
-        for seed, c in row.against_best.items()
-    }
-    return {"name": row.name, "method": row.method, "trained": row.trained, "kept": row.kept, "scores": row.scores,
-            "seconds": round(row.seconds, 1), "minus_the_best": against}  # fmt: skip
 
 
 def _plot(rows: Sequence[Row], plan: Plan) -> None:

@@ -75,8 +75,8 @@ class Report:
         done.sort(key=lambda row: row.gain if metric is None else row.scores.get(metric, 0.0))
         return [*(row for row in self.rows if row.outcome == "failed"), *done][:WORST]
 
-    def facts(self) -> dict[str, Any]:
-        """For machines."""
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
         return {
             "users": len(self.rows),
             **{what: self.count(what) for what in ("trained", "unchanged", "failed", "waiting")},
@@ -143,7 +143,7 @@ def _row(
 def write_report(report: Report, folder: Path, title: str) -> None:
     """`report.json` and `scores.png`. Raises TrainingError where they cannot be written."""
     try:
-        content = f"{json.dumps(report.facts(), indent=1, ensure_ascii=False)}\n"
+        content = f"{json.dumps(report.to_dict(), indent=1, ensure_ascii=False)}\n"
         atomic.write_bytes(folder / REPORT_FILE, content.encode())
         _draw(report.rows, title, folder / PLOT_FILE)
     except OSError as error:

@@ -13,7 +13,7 @@ from antefix import atomic
 from antefix.errors import TrainingError
 from antefix.training.recipe import Recipe, with_values
 from antefix.training.space import Range
-from antefix.training.trials import Trial, as_facts
+from antefix.training.trials import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +41,8 @@ class Found:
             "metric": self.metric,
             "space": {key: values.model_dump(exclude_unset=True) for key, values in self.space.items()},
             "seed": self.seed,
-            "best": None if self.best is None else as_facts(self.best),
-            "trials": [as_facts(trial) for trial in self.trials],
+            "best": None if self.best is None else self.best.to_dict(),
+            "trials": [trial.to_dict() for trial in self.trials],
             "versions": {name: version(name) for name in ("antefix", "optuna", "torch", "transformers")},
         }
 

@@ -51,6 +51,10 @@ class Trial:
     same_as: int | None = None
     """The trial that had the same values, and so the same score: it was not done twice."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "values": dict(self.values)}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -235,8 +239,3 @@ def _distribution(values: Range) -> BaseDistribution:
 
 def _trial(number: int, frozen: FrozenTrial, result: dict[str, Any]) -> Trial:
     return Trial(number=number, values=dict(frozen.params), **result)
-
-
-def as_facts(trial: Trial) -> dict[str, Any]:
-    """For JSON."""
-    return {**asdict(trial), "values": dict(trial.values)}
