@@ -31,7 +31,7 @@ from antefix.server.messages import Event, Failed, Finished, Job, PromptScored, 
 
 SERVED = [
     m for m in METHOD_CONFIGS
-    if not set(DECODER_ONLY) & set(NOT_ON.get(m, ())) and method_class(m).acts_on_rows
+    if not set(DECODER_ONLY) & set(NOT_ON.get(m, ())) and method_class(m).acts_on_rows and m != "special_tokens"
 ]  # fmt: skip
 """Methods that rows of a decoder can carry."""
 
@@ -84,6 +84,7 @@ def bank(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Bank:
     add_prefix(bank, "infix", base, "infix")
     add_prefix(bank, "apt", base, "apt")
     add_prefix(bank, "full", base, "full")
+    add_prefix(bank, "symbols", base, "special_tokens")
     return bank
 
 
@@ -220,6 +221,7 @@ def test_several_prefixes_stand_side_by_side(base: Base, bank: Bank) -> None:
         (("p1", "shifted"), "some have shifted positions and some do not", "unsupported"),
         (("infix", "p1"), "some are seen by targets alone and some by all tokens", "unsupported"),
         (("full",), "stands in the place of the base's own weights", "unsupported"),
+        (("symbols",), "'symbols' (special_tokens) writes new tokens, which this server cannot spell", "unsupported"),
         (("p1", "nowhere"), "no prefix 'nowhere' in the bank", "not_found"),
         (("../p1",), "no prefix '../p1' in the bank", "not_found"),
     ],

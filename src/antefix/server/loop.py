@@ -171,20 +171,21 @@ class Loop:
             ids = list(job.prompt)
             if carried is not None:
                 ids += [self._base.tokenizer.pad_token_id] * carried.module.num_inserted_tokens
-            num_words = self._num_words + (0 if carried is None else len(carried.module.symbols))
-            self._check(job, ids, carried, num_words)
+            self._check(job, ids, carried)
             stop_ids = self._stop_ids | ({carried.stop_token_id} if carried is not None else set())
-            return _Row(job, taken, carried, stop_ids, ids, Sampler(job.sampling, num_words))
+            return _Row(job, taken, carried, stop_ids, ids, Sampler(job.sampling))
         except ServingError:
             self._residency.give_back(taken)
             raise
 
-    def _check(self, job: Job, ids: Sequence[int], carried: Carried | None, num_words: int) -> None:
+    def _check(self, job: Job, ids: Sequence[int], carried: Carried | None) -> None:
         if not job.prompt:
             raise ServingError("the prompt is empty: give at least one token", "unsupported")
-        strange = [i for i in (*job.prompt, *job.sampling.logit_bias) if not 0 <= i < num_words]
+        strange = [i for i in (*job.prompt, *job.sampling.logit_bias) if not 0 <= i < self._num_words]
         if strange:
-            raise ServingError(f"{strange[0]} is no token of this model: it has 0 to {num_words - 1}", "unsupported")
+            raise ServingError(
+                f"{strange[0]} is no token of this model: it has 0 to {self._num_words - 1}", "unsupported"
+            )
         limit = self._base.context_length
         if limit is None:
             return

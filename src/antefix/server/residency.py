@@ -160,7 +160,7 @@ class Residency:
             is_for_base = prefix.card.base.fingerprint == base.fingerprint
             module = prefix.module(base.model, check_base=not is_for_base).requires_grad_(False).eval()
             Attachment(base.model, [module], [module])  # raises where it does not fit
-            stop = TextFormat.from_dict(prefix.card.text_format).stop_token_id(base.tokenizer_with(module.symbols))
+            stop = TextFormat.from_dict(prefix.card.text_format).stop_token_id(base.tokenizer)
         except AntefixError as error:
             raise ServingError(f"the prefix '{name}' cannot be used: {error}", "broken_prefix") from error
         _check_can_be_served(f"the prefix '{name}' ({prefix.card.method})", module)
@@ -172,6 +172,7 @@ def _check_can_be_served(what: str, module: MethodModule) -> None:
         (not module.acts_on_rows, "stands in the place of the base's own weights, which all rows of a batch share"),
         (module.condition_length is not None, "reads a second text, which a request does not have"),
         (module.head is not None, "was trained to label texts, not to write them"),
+        (bool(module.symbols), "writes new tokens, which this server cannot spell"),
     ]
     for applies, reason in reasons:
         if applies:

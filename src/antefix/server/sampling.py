@@ -1,9 +1,8 @@
 """Which token comes next, for one row, whatever its neighbours are.
 
-A row sees the logits of its own vocabulary alone (a neighbour's new tokens make the batch's wider), keeps its own count
-of what it has written, and draws from its own generator.
+A row keeps its own count of what it has written, and draws from its own generator.
 
-Axes: V words of a row, its new tokens included.
+Axes: V words of the base.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ _AT_ONCE = 128
 class Sampler:
     """Chooses the tokens of one job."""
 
-    def __init__(self, sampling: Sampling, num_words: int) -> None:
-        """num_words: V."""
-        self._sampling, self._num_words = sampling, num_words
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
         self._written: Counter[int] = Counter()
         self._bias_ids = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
         self._bias = torch.tensor(list(sampling.logit_bias.values()))
@@ -41,9 +39,8 @@ class Sampler:
         if sampling.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(float(sampling.top_p)))
 
-    def next(self, logits: Tensor) -> tuple[int, float | None, Top]:
-        """The next token, its log-probability and the likeliest ones. logits: of the batch's words, float32, 1 axis."""
-        logits_V = logits[: self._num_words]
+    def next(self, logits_V: Tensor) -> tuple[int, float | None, Top]:
+        """The next token, its log-probability and the likeliest ones. logits_V: float32."""
         chosen = self._choose(self._changed(logits_V))
         self._written[chosen] += 1
         if self._sampling.logprobs is None:
