@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,12 @@ from antefix.base import Base
 from antefix.errors import ServingError
 from antefix.methods import method_class
 from antefix.prefix import Prefix
+from antefix.server import loop as loop_module
+from antefix.server.attached_set import AttachedSet
+from antefix.server.frame import Frame
+from antefix.server.loop import Loop
 from antefix.server.messages import Event, Failed, Finished, Job, PromptScored, Sampling
+from antefix.server.residency import Residency
 
 SERVED = [
     m for m in METHOD_CONFIGS
@@ -276,6 +282,61 @@ def test_logits_of_no_sense_fail_their_row_alone(base: Base, tmp_path: Path) -> 
     assert isinstance(end, Failed)
     assert end.kind == "internal"
     assert_same_text(tokens_of(events, "good"), *alone(base, bank, good))
+
+
+@pytest.mark.parametrize("seam", [(Frame, "join"), (AttachedSet, "memory_of"), (loop_module, "scores_of")])
+@pytest.mark.parametrize("length", [4, 50])
+def test_a_fault_while_rows_join_leaves_nobody_without_an_end(
+    base: Base, bank: Bank, monkeypatch: pytest.MonkeyPatch, seam: tuple[Any, str], length: int
+) -> None:
+    def breaks(*arguments: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    residency = Residency(base, bank, 1 << 24)
+    loop = Loop(base, residency, max_rows=4, prompt_tokens=20)
+    loop.add(Job("writes", some_prompt(4, 1), ("p1",), greedy(9, ignore_eos=True)))
+    events = loop.step()
+    for name, tokens in (("one token", 1), ("joins", 5)):
+        loop.add(Job(name, some_prompt(length, 2), ("p2",), greedy(tokens, ignore_eos=True, prompt_logprobs=True)))
+    with monkeypatch.context() as broken:
+        broken.setattr(*seam, breaks)
+        for _ in range(8):
+            events += loop.step()
+    assert loop.is_idle
+    assert residency.num_at_work == 0
+    for name in ("writes", "one token"):
+        assert end_of(events, name)
+    end = end_of(events, "joins")
+    assert isinstance(end, Failed)
+    assert (end.kind, "no memory" in end.message) == ("internal", True)
+    loop.add(Job("later", some_prompt(4, 1), ("p2",), greedy(2)))
+    assert isinstance(end_of(run_all(loop), "later"), Finished)
+    loop.close()
+
+
+def test_a_prefix_that_no_memory_is_left_to_read_fails_its_own_job_alone(
+    base: Base, bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Prefix.load
+
+    def reads(path: Path) -> Prefix:
+        if path.name == "p2":
+            raise RuntimeError("no memory")
+        return read(path)
+
+    monkeypatch.setattr(Prefix, "load", reads)
+    residency = Residency(base, bank, 1 << 24)
+    loop = Loop(base, residency, max_rows=4, prompt_tokens=64)
+    for name, prefixes in (("before", ("p1",)), ("job", ("p1", "p2")), ("after", ("p3",))):
+        loop.add(Job(name, some_prompt(4, 1), prefixes, greedy(3)))
+    events = run_all(loop)
+    loop.close()
+    end = end_of(events, "job")
+    assert isinstance(end, Failed)
+    assert (end.kind, "no memory" in end.message) == ("internal", True)
+    for name in ("before", "after"):
+        assert isinstance(end_of(events, name), Finished)
+    assert residency.num_at_work == 0
 
 
 @pytest.mark.parametrize("architecture", ["bart", "bert"])

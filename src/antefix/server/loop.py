@@ -49,6 +49,11 @@ class _Row:
     num_written: int = 0
     memory: RowMemory = field(default_factory=dict)
 
+    @property
+    def wants_scores(self) -> bool:
+        """Of its prompt."""
+        return self.job.sampling.prompt_logprobs
+
 
 @dataclass(eq=False)
 class _Reading:
@@ -76,6 +81,7 @@ class Loop:
         self._attached = AttachedSet(base.model)
         self._frame = Frame()
         self._rows: list[_Row] = []
+        self._joining: list[_Row] = []  # whose prompts are read in this step
         self._reading: _Reading | None = None
         self._waiting: deque[Job] = deque()
         self._stop_ids = _stop_ids(base)
@@ -117,15 +123,6 @@ class Loop:
                 return [Finished(job_id, "cancelled", _num_slots(row))]
         return []
 
-    def fail_all(self, message: str, kind: Kind) -> list[Event]:
-        """End every job."""
-        events: list[Event] = [
-            Failed(job.id, message, kind) for job in (*self._waiting, *(r.job for r in self._every_row()))
-        ]
-        self._waiting.clear()
-        self._forget_rows()
-        return events
-
     def close(self) -> None:
         """Forget every job, without a word, and leave the base as it was: nothing is attached."""
         self._waiting.clear()
@@ -133,25 +130,30 @@ class Loop:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Read the prompts of who joins, write one token a row. What happened, in order."""
+        """Read the prompts of who joins, write one token a row. What happened, in order.
+
+        What goes wrong is told of the jobs that it concerns, of all that have a row where nobody knows.
+        """
         events: list[Event] = []
-        if self._reading is not None:
-            events += self._read_on(self._reading)
-        elif joining := self._joining(events):
-            if self._is_read_in_pieces(joining[0]):
-                self._reading = _Reading(joining[0])
-                events += self._read_on(self._reading)
-            else:
-                events += self._read(joining)
-        if self._rows:
-            events += self._write()
+        try:
+            if self._reading is None:
+                self._let_join(events)
+            if self._reading is not None:
+                self._read_on(self._reading, events)
+            elif self._joining:
+                self._read(list(self._joining), events)
+            if self._rows:
+                self._write(events)
+        except Exception as error:  # the cache may be half changed
+            events += _failed([row.job for row in self._every_row()], error)
+            self._forget_rows()
         return events
 
     # --- joining --------------------------------------------------------------------------------------------
 
-    def _joining(self, events: list[Event]) -> list[_Row]:
+    def _let_join(self, events: list[Event]) -> None:
         """Who waits longest, as far as rows are free and prompts fit together into the budget."""
-        joining: list[_Row] = []
+        joining = self._joining
         while self._waiting and len(self._rows) + len(joining) < self._max_rows:
             longest = max(len(self._waiting[0].prompt), *(len(row.ids) for row in joining), 1)
             if joining and longest * (len(joining) + 1) > self._prompt_tokens:
@@ -159,9 +161,10 @@ class Loop:
             job = self._waiting.popleft()
             try:
                 joining.append(self._row(job))
-            except ServingError as error:
-                events.append(Failed(job.id, str(error), error.kind))
-        return joining
+            except Exception as error:  # a broken prefix, no memory to read it: no other job's fault
+                events += _failed([job], error)
+        if joining and self._is_read_in_pieces(joining[0]):
+            self._reading = _Reading(joining.pop())
 
     def _row(self, job: Job) -> _Row:
         """Raises ServingError."""
@@ -174,7 +177,7 @@ class Loop:
             self._check(job, ids, carried)
             stop_ids = self._stop_ids | ({carried.stop_token_id} if carried is not None else set())
             return _Row(job, taken, carried, stop_ids, ids, Sampler(job.sampling))
-        except ServingError:
+        except Exception:
             self._residency.give_back(taken)
             raise
 
@@ -198,27 +201,25 @@ class Loop:
                 "too_long",
             )
 
-    def _read(self, joining: list[_Row]) -> list[Event]:
+    def _read(self, joining: list[_Row], events: list[Event]) -> None:
         """The prompts together; where that fails each alone, so that one row's fault is not its neighbours'."""
         try:
             logits, cache = self._prompt_logits(joining)
+            scored = [_scored(row, logits[place]) for place, row in enumerate(joining) if row.wants_scores]
         except Exception as error:
             if len(joining) > 1:
                 _log.warning("%d prompts could not be read together: %s", len(joining), one_line(error))
-                return [event for row in joining for event in self._read([row])]
-            self._residency.give_back(joining[0].taken)
-            return [_failed(joining[0], error)]
-        scored: list[Event] = []
-        for place, row in enumerate(joining):
-            if row.job.sampling.prompt_logprobs:
-                of_prompt = logits[place, -len(row.ids) :][: len(row.job.prompt)]  # soft tokens behind it left out
-                logprobs, top = scores_of(of_prompt, row.job.prompt[1:], row.job.sampling.logprobs or 0)
-                scored.append(PromptScored(row.job.id, (None, *logprobs), ((), *top)))
-        return [*scored, *self._begin(joining, logits[:, -1:], cache)]
+                for row in joining:
+                    self._read([row], events)
+                return
+            self._leave(joining[0])
+            events += _failed([joining[0].job], error)
+            return
+        events += scored
+        self._begin(joining, logits[:, -1:], cache, events)
 
-    def _begin(self, joining: Sequence[_Row], logits: Tensor, cache: DynamicCache) -> list[Event]:
+    def _begin(self, joining: Sequence[_Row], logits: Tensor, cache: DynamicCache, events: list[Event]) -> None:
         """Write the first token of rows whose prompts were read, and let them join. logits: (B, 1, V)."""
-        events: list[Event] = []
         staying = []
         for place, row in enumerate(joining):
             row.length, row.memory = len(row.ids), self._attached.memory_of(place, row.carried)
@@ -227,11 +228,11 @@ class Loop:
             if goes_on:
                 staying.append(place)
             else:
-                self._residency.give_back(row.taken)
+                self._leave(row)
         if staying:
             self._frame.join(cache, staying)
             self._rows += [joining[place] for place in staying]
-        return events
+            self._joining = [row for row in self._joining if row not in self._rows]
 
     def _is_read_in_pieces(self, row: _Row) -> bool:
         """Whether its prompt is longer than others shall wait for. What learns of a whole prompt reads it whole."""
@@ -239,31 +240,33 @@ class Loop:
             return False
         return row.carried is None or not (row.carried.module.branches() or row.carried.module.num_inserted_tokens)
 
-    def _read_on(self, reading: _Reading) -> list[Event]:
+    def _read_on(self, reading: _Reading, events: list[Event]) -> None:
         """One more piece of a long prompt; behind the last one its row joins."""
         row, begin, device = reading.row, reading.num_read, self._base.model.device
         end = min(begin + self._prompt_tokens, len(row.ids))
         try:
             self._include([row])
             self._attached.place([row.carried], len(row.ids))
-            wants_scores = row.job.sampling.prompt_logprobs
             logits = self._forward(
                 torch.tensor([row.ids[begin:end]], device=device), mask_of([end], end, device),
-                torch.arange(begin, end, device=device)[None], reading.cache, logits_to_keep=0 if wants_scores else 1,
+                torch.arange(begin, end, device=device)[None], reading.cache,
+                logits_to_keep=0 if row.wants_scores else 1,
             )  # fmt: skip
-            if wants_scores:
+            if row.wants_scores:
                 scores = scores_of(logits[0], row.job.prompt[begin + 1 : end + 1], row.job.sampling.logprobs or 0)
                 reading.logprobs += scores[0]
                 reading.top += scores[1]
         except Exception as error:
             self._leave(row)
-            return [_failed(row, error)]
+            events += _failed([row.job], error)
+            return
         reading.num_read = end
         if end < len(row.ids):
-            return []
-        self._reading = None
-        scored = PromptScored(row.job.id, tuple(reading.logprobs), tuple(reading.top))
-        return [*([scored] if wants_scores else []), *self._begin([row], logits[:, -1:], reading.cache)]
+            return
+        self._reading, self._joining = None, [row]
+        if row.wants_scores:
+            events.append(PromptScored(row.job.id, tuple(reading.logprobs), tuple(reading.top)))
+        self._begin([row], logits[:, -1:], reading.cache, events)
 
     def _include(self, joining: Sequence[_Row]) -> None:
         """Have attached what these rows carry, beside what is at work."""
@@ -278,26 +281,19 @@ class Loop:
         )
         self._attached.place([row.carried for row in joining], ids.shape[1])
         cache = DynamicCache()
-        wants_scores = any(row.job.sampling.prompt_logprobs for row in joining)
+        wants_scores = any(row.wants_scores for row in joining)
         return self._forward(ids, mask, positions, cache, logits_to_keep=0 if wants_scores else 1), cache
 
     # --- writing --------------------------------------------------------------------------------------------
 
-    def _write(self) -> list[Event]:
+    def _write(self, events: list[Event]) -> None:
         """One token for every row."""
-        try:
-            logits = self._next_logits()
-        except Exception as error:
-            failed: list[Event] = [_failed(row, error) for row in self._every_row()]
-            self._forget_rows()
-            return failed
-        events: list[Event] = []
+        logits = self._next_logits()
         for row, logits_V in zip(list(self._rows), logits, strict=True):
             written, goes_on = self._one_more(row, logits_V)
             events += written
             if not goes_on:
                 self._leave(row)
-        return events
 
     def _next_logits(self) -> Tensor:
         """Of every row: (B, V)."""
@@ -323,7 +319,7 @@ class Loop:
         )  # fmt: skip
         return out.logits.float().cpu()  # type: ignore[no-any-return]
 
-    def _one_more(self, row: _Row, logits_V: Tensor) -> tuple[list[Event], bool]:
+    def _one_more(self, row: _Row, logits_V: Tensor) -> tuple[Sequence[Event], bool]:
         """The row's next token, and whether it goes on."""
         sampling, job_id = row.job.sampling, row.job.id
         length = Finished(job_id, "length", _num_slots(row))
@@ -332,7 +328,7 @@ class Loop:
         try:
             chosen, logprob, top = row.sampler.next(logits_V)
         except Exception as error:  # a prefix that makes nonsense of the logits
-            return [_failed(row, error)], False
+            return _failed([row.job], error), False
         if chosen in row.stop_ids and not sampling.ignore_eos:
             return [Finished(job_id, "stop", _num_slots(row))], False
         row.last_id = chosen
@@ -344,11 +340,14 @@ class Loop:
     # --- leaving --------------------------------------------------------------------------------------------
 
     def _every_row(self) -> list[_Row]:
-        return [*self._rows, *([] if self._reading is None else [self._reading.row])]
+        return [*self._rows, *self._joining, *([] if self._reading is None else [self._reading.row])]
 
     def _leave(self, row: _Row) -> None:
         """Free a row; the last running one takes its place."""
         self._residency.give_back(row.taken)
+        if row in self._joining:
+            self._joining.remove(row)
+            return
         if self._reading is not None and row is self._reading.row:
             self._reading = None
             return
@@ -360,7 +359,7 @@ class Loop:
     def _forget_rows(self) -> None:
         for row in self._every_row():
             self._residency.give_back(row.taken)
-        self._rows, self._reading, self._frame = [], None, Frame()
+        self._rows, self._joining, self._reading, self._frame = [], [], None, Frame()
         self._attached.release()
 
 
@@ -368,22 +367,21 @@ def _num_slots(row: _Row) -> int:
     return 0 if row.carried is None else row.carried.num_slots
 
 
-def _failed(row: _Row, error: Exception) -> Failed:
-    if not isinstance(error, AntefixError):
-        _log.error("a job failed", exc_info=error)
-    return Failed(row.job.id, _message(error), _kind(error))
+def _scored(row: _Row, logits_TV: Tensor) -> PromptScored:
+    """logits_TV: of the columns that the row was read in, padding before it and soft tokens behind it among them."""
+    of_prompt = logits_TV[-len(row.ids) :][: len(row.job.prompt)]
+    logprobs, top = scores_of(of_prompt, row.job.prompt[1:], row.job.sampling.logprobs or 0)
+    return PromptScored(row.job.id, (None, *logprobs), ((), *top))
 
 
-def _message(error: Exception) -> str:
+def _failed(jobs: Sequence[Job], error: Exception) -> list[Failed]:
+    """What went wrong, told of each of these."""
     if isinstance(error, AntefixError):
-        return str(error)
-    return f"the engine failed ({type(error).__name__}: {one_line(error)}); its log says more"
-
-
-def _kind(error: Exception) -> Kind:
-    if isinstance(error, ServingError):
-        return error.kind
-    return "broken_prefix" if isinstance(error, AntefixError) else "internal"
+        kind: Kind = error.kind if isinstance(error, ServingError) else "broken_prefix"
+        return [Failed(job.id, str(error), kind) for job in jobs]
+    _log.error("%d jobs failed", len(jobs), exc_info=error)
+    message = f"the engine failed ({type(error).__name__}: {one_line(error)}); its log says more"
+    return [Failed(job.id, message, "internal") for job in jobs]
 
 
 def _stop_ids(base: Base) -> frozenset[int]:

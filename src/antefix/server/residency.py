@@ -51,7 +51,7 @@ class Residency:
             for name in names:
                 taken.append(self.load(name))
                 self._at_work[taken[-1]] += 1  # so that the next one does not drop it
-        except ServingError:
+        except Exception:
             self.give_back(taken)
             raise
         return tuple(taken)

@@ -26,7 +26,6 @@ from antefix.server.messages import (
     Command,
     Done,
     Drain,
-    Event,
     Failed,
     Job,
     Measured,
@@ -133,12 +132,7 @@ class _Worker:
         return Done(order.request, None)
 
     def _step(self) -> list[Report]:
-        try:
-            events: list[Event] = self._loop.step()
-        except Exception as error:
-            _log.exception("a step failed")
-            reason = f"the engine failed ({type(error).__name__}: {one_line(error)}); its log says more"
-            events = self._loop.fail_all(reason, "internal")
+        events = self._loop.step()
         self._pace.count(sum(isinstance(event, Token) for event in events))
         return list(events)
 
