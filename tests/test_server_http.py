@@ -52,7 +52,7 @@ class Caller:
 
     def send(self, method: str, path: str, asked: Any = None, **more: Any) -> Any:
         async def sent() -> Any:
-            transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
+            transport = httpx.ASGITransport(app=self.app)  # what the app raises is raised here
             async with httpx.AsyncClient(transport=transport, base_url="http://here", headers=self.headers) as client:
                 return await client.request(method, path, **({} if asked is None else {"json": asked}), **more)
 
@@ -346,15 +346,24 @@ def test_one_choice_that_fails_ends_the_others(bank: Bank) -> None:
     assert client.serving.admission.open == 0
 
 
-def test_our_own_faults_are_not_told_to_clients(bank: Bank) -> None:
+def test_our_own_faults_are_in_the_log_and_not_told_to_clients(bank: Bank, caplog: pytest.LogCaptureFixture) -> None:
     def breaks(job: Job) -> Iterable[Event]:
         raise ZeroDivisionError("a secret")
 
     client, _ = caller(bank, breaks)
     for stream in (False, True):
-        reply = client.post("/v1/completions", {**COMPLETION, "stream": stream})
+        caplog.clear()
+        with caplog.at_level("INFO", "antefix.server"):
+            reply = client.post("/v1/completions", {**COMPLETION, "stream": stream})
         assert error(reply, 500)["code"] == "internal_error"
         assert "secret" not in reply.text
+        fault, line = [record for record in caplog.records if record.name == "antefix.server"]
+        assert fault.exc_info is not None
+        assert "a secret" in str(fault.exc_info[1])
+        told: dict[str, Any] = vars(line)["told"]
+        assert (told["status"], told["failed"]) == (500, error(reply, 500)["message"])
+        assert reply.headers["x-request-id"] == told["request"]
+    assert 'antefix_requests_total{route="/v1/completions",status="500"} 2.0' in client.get("/metrics").text
 
 
 # ---- what is refused

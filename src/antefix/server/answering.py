@@ -127,7 +127,7 @@ async def _lines(
     except Exception as error:
         if not begun:
             raise
-        yield _event(failed(request, error).content())
+        yield _event(failed(request.state.told, error).content())
         return
     yield "data: [DONE]\n\n"
 

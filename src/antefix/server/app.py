@@ -58,7 +58,6 @@ def make_app(serving: Serving) -> FastAPI:
     app.get("/metrics", response_class=Response)(metrics)
     app.exception_handler(Refusal)(_refused)
     app.exception_handler(AntefixError)(_failed)
-    app.exception_handler(Exception)(_failed)
     app.exception_handler(RequestValidationError)(_not_valid)
     app.exception_handler(HTTPException)(_http)
     app.get("/", include_in_schema=False)(page)
@@ -123,7 +122,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return _said(failed(request, error))
+    return _said(failed(request.state.told, error))
 
 
 async def _http(request: Request, error: Exception) -> Response:

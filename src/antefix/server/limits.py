@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -99,14 +98,7 @@ class BodyLimit:
             if message["type"] == "http.disconnect" or not message.get("more_body", False):
                 break
         refusal = Refusal(413, f"the request has more than {self._max_bytes:,} bytes", code="request_too_large")
-        body = json.dumps(refusal.content()).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await refusal.reply(send, (b"connection", b"close"))
 
 
 class _TooLong(BaseException):

@@ -13,7 +13,6 @@ from antefix.errors import AntefixError
 from antefix.server.refusal import Refusal
 
 if TYPE_CHECKING:
-    from fastapi import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from antefix.server.meters import Meters
@@ -52,22 +51,24 @@ def to_stderr() -> None:
         logger.propagate = False
 
 
-def failed(request: Request, error: Exception) -> Refusal:
-    """What a client is told of an error that came while its request was answered; ours goes to the log, whole."""
+def failed(told: dict[str, Any], error: Exception) -> Refusal:
+    """What a client is told of an error that came while its request was answered; ours goes to the log, whole.
+
+    told: of the request's line in the log.
+    """
     if isinstance(error, Refusal):
         refusal = error
     elif isinstance(error, AntefixError):
         refusal = Refusal(400, str(error))
     else:
-        told = request.state.told
         log.error("a request failed", exc_info=error, extra={"told": {"request": told["request"]}})
         refusal = Refusal(500, f"this is our fault; the log has more under {told['request']}", code="internal_error")
-    request.state.told["failed"] = str(refusal)
+    told["failed"] = str(refusal)
     return refusal
 
 
 class Logged:
-    """Counts and times every request, and writes its line when its reply has ended."""
+    """Counts and times every request, answers one that failed by our fault, and writes its line when all is sent."""
 
     def __init__(self, app: ASGIApp, meters: Meters) -> None:
         self._app = app
@@ -92,6 +93,10 @@ class Logged:
 
         try:
             await self._app(scope, receive, noted)
+        except Exception as error:
+            if status:  # it is too late to say so
+                raise
+            await failed(told, error).reply(noted)
         finally:
             seconds = time.monotonic() - start
             route = getattr(scope.get("route"), "path", "(none)")
