@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,50 @@ def test_two_side_by_side_on_one_text(open_page: Any) -> None:
     assert page.locator("#outputs h3").all_inner_texts() == ["sport", "talk"]
     page.get_by_label("Compare two side by side").uncheck()
     assert page.locator("#outputs h3").all_inner_texts() == ["sport"]
+
+
+def test_a_text_stands_under_the_name_of_who_wrote_it(open_page: Any) -> None:
+    page = open_page()
+    choose(page, "sport")
+    page.locator("#text").fill("Who won?")
+    page.get_by_label("Most tokens").fill("8")
+    page.locator("#write").click()
+    written(page)
+    choose(page, "talk")
+    page.locator(".card dd", has_text="conversations").wait_for()
+    assert page.locator("#outputs h3").all_inner_texts() == ["sport"]
+    page.locator("#write").click()
+    page.locator("#outputs h3", has_text="talk").wait_for()
+
+
+def test_an_answer_that_comes_late_changes_nothing(open_page: Any) -> None:
+    page = open_page()
+    held: list[Any] = []
+    page.route(re.compile("/v1/models/.*sport"), lambda route: held.append(route))
+    page.locator(".list label", has_text="sport").first.click()
+    choose(page, "menus")
+    page.locator("#outputs h3", has_text="menus").wait_for()
+    with page.expect_response(re.compile("/v1/models/.*sport")):
+        held[0].continue_()
+    page.wait_for_timeout(100)
+    assert page.locator("#outputs h3").all_inner_texts() == ["menus"]
+    assert "Sentences about places to eat." in page.locator(".card").first.inner_text()
+
+
+def test_a_model_that_cannot_be_looked_at_leaves_none_chosen(browser: Any, served: Served) -> None:
+    page = browser.new_page()  # its console rightly shows the refusal, so it is not held to silence
+    page.goto(served.address)
+    page.wait_for_selector(".list input")
+    choose(page, "menus")
+    page.route(
+        re.compile("/v1/models/.*sport"),
+        lambda route: route.fulfill(status=404, json={"error": {"message": "it is gone"}}),
+    )
+    page.locator(".list label", has_text="sport").first.click()
+    page.locator(".card dd", has_text="it is gone").first.wait_for()
+    assert "menus" not in page.locator("#curl").text_content()
+    assert page.locator("#outputs h3").all_inner_texts() == [""]
+    page.close()
 
 
 def test_the_list_is_searched_and_tags_narrow_it(open_page: Any) -> None:

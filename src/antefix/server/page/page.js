@@ -105,20 +105,22 @@ class Chooser {
     if (await this.look(id)) modelChanged(this);
   }
 
+  // Whether it is still the one that is wanted when its answer has come; without an answer there is no model.
   async look(id) {
-    try {
-      this.model = await ask(`/v1/models/${id.split("/").map(encodeURIComponent).join("/")}`);
-    } catch (error) {
-      this.card.querySelector("dl").replaceChildren(make("dt", "problem"), make("dd", error.message));
-      return false;
-    }
-    this.showCard();
+    this.wanted = id;
+    const path = `/v1/models/${id.split("/").map(encodeURIComponent).join("/")}`;
+    const found = await ask(path).catch((error) => ({ problem: error.message }));
+    if (id !== this.wanted) return false; // somebody chose on
+    this.model = found.problem ? null : found;
+    this.showCard(found.problem);
     return true;
   }
 
-  showCard() {
-    const card = this.model.antefix?.card;
-    const lines = card ? linesOf(card, this.model.antefix) : [["base", this.model.id], ["prefix", "none: the frozen model itself"]];
+  showCard(problem) {
+    const card = this.model?.antefix?.card;
+    let lines = [["problem", problem]];
+    if (card) lines = linesOf(card, this.model.antefix);
+    else if (this.model) lines = [["base", this.model.id], ["prefix", "none: the frozen model itself"]];
     const shown = lines.filter(([, value]) => value);
     this.card.querySelector("dl").replaceChildren(...shown.flatMap(([key, value]) => [make("dt", key), make("dd", value)]));
   }
@@ -285,6 +287,7 @@ async function* events(reply) {
 async function write(chooser, output, signal) {
   const written = output.querySelector(".written");
   const figures = output.querySelector(".figures");
+  output.querySelector("h3").textContent = chooser.name;
   written.className = "written busy";
   written.textContent = figures.textContent = "";
   const start = performance.now();
@@ -335,12 +338,13 @@ function showOutputs() {
   const outputs = [...$("outputs").children];
   chosen().forEach((chooser, place) => {
     const output = outputs[place] ?? $("outputs").appendChild($("output").content.cloneNode(true).firstElementChild);
-    output.querySelector("h3").textContent = chooser.name;
     const written = output.querySelector(".written");
-    if (!written.textContent) {
+    if (!written.textContent && !written.classList.contains("busy")) {
       written.className = "written empty";
       written.textContent = "Nothing written yet.";
     }
+    // A text keeps the name of who wrote it.
+    if (written.classList.contains("empty")) output.querySelector("h3").textContent = chooser.name;
   });
   outputs.slice(chosen().length).forEach((output) => output.remove());
   $("as-chat").hidden = chosen().every((chooser) => chooser.model?.parent);
@@ -359,7 +363,7 @@ async function submit(event) {
   running = null;
   $("write").disabled = false;
   $("stop").disabled = true;
-  for (const chooser of chosen()) if (chooser.model) chooser.look(chooser.model.id); // it is in memory now
+  for (const chooser of chosen()) if (chooser.model) chooser.look(chooser.wanted); // it is in memory now
 }
 
 // ---- the server
