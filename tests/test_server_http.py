@@ -529,6 +529,20 @@ def test_prefixes_are_loaded_and_unloaded_as_vllm_does_loras(bank: Bank) -> None
     assert client.post("/v1/load_prefix", absolute).status_code == 200
 
 
+def test_a_second_name_is_the_same_with_the_bases_before_it(bank: Bank) -> None:
+    client, engine = caller(bank)
+    named = {"prefix_name": f"{BASE}:dishes", "prefix_path": "menus"}
+    assert client.post("/v1/load_prefix", named).status_code == 200
+    for model in ("dishes", f"{BASE}:dishes"):
+        assert client.post("/v1/completions", {**COMPLETION, "model": model}).status_code == 200
+    taken = {"prefix_name": f"{BASE}:dishes", "prefix_path": "talk", "pin": True}
+    assert "is taken" in error(client.post("/v1/load_prefix", taken), 400)["message"]
+    assert engine.loaded == {"menus": False}, "what is refused is not read"
+    assert client.post("/v1/load_prefix", {"prefix_name": f"{BASE}:menus"}).status_code == 200
+    assert client.post("/v1/unload_prefix", {"prefix_name": f"{BASE}:dishes"}).status_code == 200
+    error(client.post("/v1/completions", {**COMPLETION, "model": "dishes"}), 404)
+
+
 # ---- keys
 
 

@@ -79,6 +79,7 @@ async def load(asked: LoadRequest, request: Request, caller: Annotated[Caller, D
     folder = _folder(serving, asked)
     serving.refuse_not_allowed(caller, (folder,))
     serving.models.card(folder)
+    serving.models.refuse_taken(asked.prefix_name, folder)  # before anything is read for it
     try:
         await (serving.engine.pin(folder) if asked.pin else serving.engine.load(folder))
     except ServingError as error:

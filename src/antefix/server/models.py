@@ -56,8 +56,7 @@ class Models:
         """The prefix that an id or a name means; None: the base. Raises Refusal (404) for neither."""
         if model == self.base_id:
             return None
-        name = model.removeprefix(f"{self.base_id}:")
-        name = self._aliases.get(name, name)
+        name = self.resident_name(model)
         if name not in self.bank:
             raise Refusal(
                 404,
@@ -76,7 +75,7 @@ class Models:
 
     def resident_name(self, model: str) -> str:
         """The same for one that may be gone from the bank, but not from memory."""
-        name = model.removeprefix(f"{self.base_id}:")
+        name = self._bare(model)
         return self._aliases.get(name, name)
 
     def chosen(self, model: str, more: tuple[str, ...]) -> Chosen:
@@ -94,17 +93,22 @@ class Models:
         prefixes = tuple(name for name in names if name is not None)
         return Chosen("+".join([self.base_id, *prefixes]), prefixes)
 
+    def refuse_taken(self, alias: str, folder: str) -> None:
+        """Raises Refusal (400) for a name under which a prefix of the bank cannot be asked for: it is another's."""
+        name = self._bare(alias)
+        others = name == self.base_id or name in self.bank or self._aliases.get(name, folder) != folder
+        if name != folder and others:
+            raise Refusal(400, f"'{one_line(alias, 80)}' is taken: choose another name", param="prefix_name")
+
     def call(self, alias: str, folder: str) -> None:
         """From now on a prefix of the bank can be asked for under another name too. Raises Refusal (400)."""
-        if alias == folder:
-            return
-        if alias == self.base_id or alias in self.bank or self._aliases.get(alias, folder) != folder:
-            raise Refusal(400, f"'{one_line(alias, 80)}' is taken: choose another name", param="prefix_name")
-        self._aliases[alias] = folder
+        self.refuse_taken(alias, folder)
+        if (name := self._bare(alias)) != folder:
+            self._aliases[name] = folder
 
     def forget(self, alias: str) -> None:
         """The name that was given goes; the prefix's own stays as long as it is in the bank."""
-        self._aliases.pop(alias, None)
+        self._aliases.pop(self._bare(alias), None)
 
     async def entries(self) -> dict[str, Entry]:
         """The bank's sound prefixes by name."""
@@ -160,3 +164,6 @@ class Models:
             "parent": self.base_id,
             "antefix": of_prefix,
         }
+
+    def _bare(self, model: str) -> str:
+        return model.removeprefix(f"{self.base_id}:")
