@@ -69,7 +69,8 @@ def test_without_a_seed_every_draw_is_another(base: Base, bank: Bank) -> None:
 def test_top_p_of_nothing_and_a_temperature_of_nothing_take_the_likeliest(base: Base, bank: Bank) -> None:
     likeliest_ids = written(loop_over(base, bank), greedy(12))
     assert written(loop_over(base, bank), Sampling(max_tokens=12, top_p=0.0)) == likeliest_ids
-    assert written(loop_over(base, bank), Sampling(max_tokens=12, temperature=1e-4)) == likeliest_ids
+    for temperature in (1e-4, 1e-40, 5e-324):
+        assert written(loop_over(base, bank), Sampling(max_tokens=12, temperature=temperature)) == likeliest_ids
 
 
 class Penalties(LogitsProcessor):

@@ -379,7 +379,7 @@ def _failed(jobs: Sequence[Job], error: Exception) -> list[Failed]:
     if isinstance(error, AntefixError):
         kind: Kind = error.kind if isinstance(error, ServingError) else "broken_prefix"
         return [Failed(job.id, str(error), kind) for job in jobs]
-    _log.error("%d jobs failed", len(jobs), exc_info=error)
+    _log.error("jobs failed: %d", len(jobs), exc_info=error)
     message = f"the engine failed ({type(error).__name__}: {one_line(error)}); its log says more"
     return [Failed(job.id, message, "internal") for job in jobs]
 

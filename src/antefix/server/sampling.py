@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import TopPLogitsWarper
 
 from antefix.server.messages import Sampling, Top
 
@@ -33,11 +33,7 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
-        self._warpers = LogitsProcessorList()
-        if sampling.temperature not in (0.0, 1.0):
-            self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+        self._top_p = TopPLogitsWarper(float(sampling.top_p)) if sampling.top_p < 1.0 else None
 
     def next(self, logits_V: Tensor) -> tuple[int, float | None, Top]:
         """The next token, its log-probability and the likeliest ones. logits_V: float32."""
@@ -64,9 +60,12 @@ class Sampler:
     def _choose(self, logits_V: Tensor) -> int:
         if self._sampling.temperature == 0.0:
             return int(logits_V.argmax())
-        no_ids = torch.empty(1, 0, dtype=torch.long)  # these look at logits alone
-        warped = self._warpers(no_ids, logits_V[None])[0]  # type: ignore[arg-type]
-        return int(torch.multinomial(torch.softmax(warped, dim=0), 1, generator=self._generator))
+        # The largest is 0 before it is divided, in double precision: a tiny temperature makes no infinity of it.
+        warmed_V = ((logits_V - logits_V.max()).double() / self._sampling.temperature).float()
+        if self._top_p is not None:
+            no_ids = torch.empty(1, 0, dtype=torch.long)  # it looks at logits alone
+            warmed_V = self._top_p(no_ids, warmed_V[None])[0]
+        return int(torch.multinomial(torch.softmax(warmed_V, dim=0), 1, generator=self._generator))
 
 
 def likeliest(logprobs_V: Tensor, count: int) -> Top:
