@@ -18,7 +18,7 @@ from test_prefix_file import tiny_prefix
 
 from antefix.bank import Bank
 from antefix.errors import ServerError
-from antefix.server import replies
+from antefix.server import replies, wire
 from antefix.server.app import make_app
 from antefix.server.keys import Keys
 from antefix.server.messages import Event, Failed, Finished, Job, Token
@@ -436,6 +436,14 @@ def test_half_a_surrogate_pair_anywhere_is_a_400(bank: Bank) -> None:
         assert "surrogate" in error(reply, 400)["message"]
     reply = client.post("/v1/tables", content='{"model": "menus", "table": {"\\ud800": "x"}}')
     error(reply, 400)
+
+
+def test_every_text_is_looked_through_once_however_deep_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(wire, "_NO_TEXT", type("Seen", (), {"search": lambda self, text: seen.append(text)})())
+    turn = {"role": "user", "content": [{"type": "text", "text": "deep"}]}
+    wire.ChatRequest.model_validate({"model": BASE, "messages": [turn]})
+    assert seen.count("deep") == 1
 
 
 def test_what_cannot_change_the_answer_is_ignored_and_null_is_not_said(bank: Bank) -> None:

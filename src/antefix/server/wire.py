@@ -7,6 +7,7 @@ refused, with the nearest known one. Nothing is silently left undone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -52,6 +53,7 @@ MOST_LOGPROBS = 20
 MOST_BIASES = 1024
 MOST_PREFIXES = 8
 _INT64 = 2**63 - 1
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -67,7 +69,6 @@ class _Sent(BaseModel):
         """Only what is said and is of interest. Raises for a field that is not known, or cannot be had."""
         if not isinstance(content, Mapping):
             return content
-        _refuse_no_text(content)
         said = {name: value for name, value in content.items() if value is not None}
         for name, value in list(said.items()):
             if name in cls.model_fields:
@@ -86,18 +87,24 @@ class _Sent(BaseModel):
         return said
 
 
-def _refuse_no_text(content: Any) -> None:
-    """Raises for texts that are none: with a NUL, or with half a surrogate pair. A stack, since requests nest."""
-    left = [content]
-    while left:
-        found = left.pop()
-        if isinstance(found, Mapping):
-            left += found.keys()
-            left += found.values()
-        elif isinstance(found, list):
-            left += found
-        elif isinstance(found, str) and ("\0" in found or any("\ud800" <= c <= "\udfff" for c in found)):
-            raise PydanticCustomError("no_text", "a text holds a NUL or half a surrogate pair: take it out")
+class _Body(_Sent):
+    """A whole request: its texts, also those of what stands in it, are looked through once, and before all else."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts(cls, content: Any) -> Any:
+        """Raises for texts that are none: with a NUL, or with half a surrogate pair."""
+        left = [content]  # a stack, since requests nest
+        while left:
+            found = left.pop()
+            if isinstance(found, Mapping):
+                left += found.keys()
+                left += found.values()
+            elif isinstance(found, list):
+                left += found
+            elif isinstance(found, str) and _NO_TEXT.search(found):
+                raise PydanticCustomError("no_text", "a text holds a NUL or half a surrogate pair: take it out")
+        return content
 
 
 class StreamOptions(_Sent):
@@ -116,7 +123,7 @@ class Extension(_Sent):
     """Several prefixes of the bank on this one request, in this order; `model` then names the base."""
 
 
-class Asked(_Sent):
+class Asked(_Body):
     """What all requests for a text have in common."""
 
     model: Name
@@ -241,7 +248,7 @@ class TableRequest(Asked):
     """None: what the prefix's card says."""
 
 
-class LoadRequest(_Sent):
+class LoadRequest(_Body):
     """`POST /v1/load_prefix`."""
 
     prefix_name: Name
@@ -251,7 +258,7 @@ class LoadRequest(_Sent):
     """Keep it in memory until it is unloaded."""
 
 
-class UnloadRequest(_Sent):
+class UnloadRequest(_Body):
     """`POST /v1/unload_prefix`."""
 
     prefix_name: Name
