@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import signal
@@ -14,15 +15,17 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+import torch
 from conftest import tiny_base
 from serving import add_prefix, alone, assert_same_text, greedy, kept, some_prompt, tokens_of
 
 from antefix.bank import Bank
 from antefix.base import Base
 from antefix.errors import ServingError
+from antefix.prefix import Prefix
 from antefix.server import worker
 from antefix.server.engine import Engine, EngineSettings, start_engine
-from antefix.server.messages import Event, Failed, Finished, Job, Ready, Token
+from antefix.server.messages import Event, Failed, Finished, Job, Ready, Sampling, Token
 from antefix.server.worker_engine import WorkerEngine
 
 T = TypeVar("T")
@@ -272,6 +275,24 @@ def test_a_broken_prefix_ends_nothing(base: Base, folder: Path, engine: WorkerEn
         assert isinstance((await all_of(engine, Job("good", (5,), ("menus",), greedy(2))))[-1], Finished)
 
     run(body)
+
+
+def test_the_worker_logs_as_the_server_does(
+    base: Base, folder: Path, run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bank, prefix = Bank(folder / "bank"), kept(base, "ia3")
+    bank.add("nonsense", Prefix({name: torch.full_like(t, 1e38) for name, t in prefix.tensors.items()}, prefix.card))
+
+    async def body() -> list[Event]:
+        async with engine_over(folder) as engine:
+            return await all_of(engine, Job("job", (5,), ("nonsense",), Sampling(max_tokens=3)))
+
+    (failed,) = run(body)
+    assert isinstance(failed, Failed)
+    assert failed.kind == "internal"
+    (line,) = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    assert line["level"] == "error"
+    assert "RuntimeError" in line["traceback"]
 
 
 def test_a_base_that_cannot_be_loaded_is_named(tmp_path: Path, run: Run) -> None:

@@ -20,6 +20,7 @@ import torch
 from antefix.bank import Bank
 from antefix.base import load_base
 from antefix.errors import AntefixError, ServingError, one_line
+from antefix.server.logs import to_stderr
 from antefix.server.loop import Loop
 from antefix.server.messages import (
     Cancel,
@@ -45,6 +46,7 @@ _log = logging.getLogger(__name__)
 
 def run(connection: Connection, settings: EngineSettings) -> None:
     """The process's main function."""
+    to_stderr()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
