@@ -101,9 +101,10 @@ class ScriptedEngine:
         self.state = "dead"
 
 
-def serving_over(engine: ScriptedEngine, bank: Bank, *, keys: Keys | None = None, **rules: Any) -> Serving:
-    made = Rules(**rules)
+def serving_over(
+    engine: ScriptedEngine, bank: Bank, *, max_waiting: int = 256, keys: Keys | None = None, **rules: Any
+) -> Serving:
     return Serving(
-        engine=engine, tokens=tokens(), models=Models("tiny/llama", bank), admission=Admission(made.max_queue, 2),
-        rules=made, keys=keys,
+        engine=engine, tokens=tokens(), models=Models("tiny/llama", bank), admission=Admission(max_waiting, 2),
+        rules=Rules(**rules), keys=keys,
     )  # fmt: skip

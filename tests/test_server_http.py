@@ -632,7 +632,7 @@ def test_a_request_that_is_too_long(bank: Bank) -> None:
 
 
 def test_a_full_queue_is_a_429_and_room_is_given_back(bank: Bank) -> None:
-    client, _ = caller(bank, max_queue=2)  # and two rows
+    client, _ = caller(bank, max_waiting=2)  # and two rows
     assert (
         "the most this server takes is 4"
         in error(client.post("/v1/completions", {**COMPLETION, "n": 5}), 400)["message"]

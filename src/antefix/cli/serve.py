@@ -63,8 +63,7 @@ def serve(
         resident_bytes=resident_mib * _MIB, num_threads=threads,
     )  # fmt: skip
     rules = Rules(
-        max_queue=max_queue, max_body_bytes=max_body_mib * _MIB, default_max_tokens=max_tokens, grace_s=grace,
-        log_texts=log_texts,
+        max_body_bytes=max_body_mib * _MIB, default_max_tokens=max_tokens, grace_s=grace, log_texts=log_texts,
     )  # fmt: skip
     console().print(f"reading {place.base_id} ...", highlight=False)
 

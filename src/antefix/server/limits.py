@@ -19,8 +19,8 @@ _DROPPED = 8
 class Admission:
     """Counts jobs that are open: those that wait and those that run."""
 
-    def __init__(self, max_queue: int, max_rows: int) -> None:
-        self.max_open = max_queue + max_rows
+    def __init__(self, max_waiting: int, max_rows: int) -> None:
+        self.max_open = max_waiting + max_rows
         self.open = 0
         self.stopping = False
         self._max_rows = max_rows

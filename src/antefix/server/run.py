@@ -53,7 +53,7 @@ def serve(place: Place, engine: EngineSettings, rules: Rules, on_ready: Callable
         running = await start_engine(engine)
         serving = Serving(
             engine=running, tokens=tokens, models=Models(place.base_id, bank), rules=rules, keys=keys,
-            admission=Admission(rules.max_queue, engine.max_rows),
+            admission=Admission(engine.max_waiting, engine.max_rows),
         )  # fmt: skip
         on_ready(_address(listening), num_prefixes)
         await _until_stopped(serving, listening)

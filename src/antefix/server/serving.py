@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 class Rules:
     """What a server allows."""
 
-    max_queue: int = 256
-    """Texts that may wait for a row of the batch."""
     max_body_bytes: int = 4 << 20
     default_max_tokens: int = 1024
     """Of a chat or a table that does not say how many; fewer where the context ends."""
