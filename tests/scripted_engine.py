@@ -91,7 +91,7 @@ class ScriptedEngine:
         return tuple(Resident(name, 100, pinned, 0) for name, pinned in self.loaded.items())
 
     def status(self) -> Status:
-        return Status(self.state, self.alive, 3, 2, 4, 12.5, 100, 100 * len(self.loaded), 1000, 1)
+        return Status(self.state, self.alive, 3, 2, 4, 12.5, 100, 100 * len(self.loaded), 1)
 
     @property
     def alive(self) -> bool:

@@ -37,11 +37,6 @@ class Frame:
         """Columns in use: as many as the longest row has tokens."""
         return self._end - self._start
 
-    @property
-    def num_bytes(self) -> int:
-        """What the buffers take."""
-        return sum(x.numel() * x.element_size() for layer in self._layers for x in (layer.keys, layer.values))
-
     def columns(self, num_new: int) -> slice:
         """Those in use and so many more, in the buffers."""
         return slice(self._start, self._end + num_new)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from antefix.errors import ServingKind
 
@@ -19,7 +19,6 @@ Reason = Literal["stop", "length", "cancelled"]
 
 Kind = ServingKind
 """What went wrong."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,13 +158,11 @@ class Measured:
 
     waiting: int
     running: int
-    max_rows: int
     tokens_per_s: float
     """Written over the last seconds."""
     num_tokens: int
     """Written since the worker started."""
     resident_bytes: int
-    max_resident_bytes: int
     resident: tuple[Resident, ...] | None
     """The latest used last; None: as it was when last told."""
 

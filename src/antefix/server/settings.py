@@ -50,7 +50,6 @@ class Status:
     tokens_per_s: float
     num_tokens: int
     resident_bytes: int
-    max_resident_bytes: int
     num_restarts: int
 
     @property

@@ -78,7 +78,7 @@ class _Worker:
         self._loop = Loop(
             base, self._residency, max_rows=settings.max_rows, prompt_tokens=settings.prompt_tokens
         )  # fmt: skip
-        self._connection, self._commands, self._settings = connection, commands, settings
+        self._connection, self._commands = connection, commands
         self._pace = _Pace()
         self._measured_at = 0.0
         self._told_changes: object = None
@@ -145,9 +145,9 @@ class _Worker:
         resident = None if known == self._told_changes else residency.resident()
         self._told_changes = known
         return Measured(
-            waiting=self._loop.num_waiting, running=self._loop.num_running, max_rows=self._settings.max_rows,
+            waiting=self._loop.num_waiting, running=self._loop.num_running,
             tokens_per_s=self._pace.tokens_per_s(), num_tokens=self._pace.num_tokens,
-            resident_bytes=residency.num_bytes, max_resident_bytes=residency.max_bytes, resident=resident,
+            resident_bytes=residency.num_bytes, resident=resident,
         )  # fmt: skip
 
     def _send(self, reports: list[Report]) -> None:

@@ -79,9 +79,7 @@ class WorkerEngine:
         if not self._ready.is_set():
             self._state = "dead"
             self._kill()
-            raise ServingError(
-                self._refusal or "the engine's worker died while it started; its log says why", "internal"
-            )
+            raise ServingError(self._refusal or _DIED_EARLY, "internal")
         self._keeper = asyncio.create_task(self._keep_alive())
 
     async def stream(self, job: Job) -> AsyncGenerator[Event]:
@@ -136,7 +134,7 @@ class WorkerEngine:
             waiting=said.waiting if said else 0, running=said.running if said else 0,
             max_rows=self._settings.max_rows,
             tokens_per_s=said.tokens_per_s if said else 0.0, num_tokens=said.num_tokens if said else 0,
-            resident_bytes=said.resident_bytes if said else 0, max_resident_bytes=self._settings.resident_bytes,
+            resident_bytes=said.resident_bytes if said else 0,
             num_restarts=self._num_restarts,
         )  # fmt: skip
 
