@@ -84,14 +84,11 @@ class ScriptedEngine:
     async def pin(self, name: str) -> None:
         self.loaded[name] = True
 
-    async def unpin(self, name: str) -> None:
-        self.loaded[name] = False
-
     def resident(self) -> tuple[Resident, ...]:
         return tuple(Resident(name, 100, pinned, 0) for name, pinned in self.loaded.items())
 
     def status(self) -> Status:
-        return Status(self.state, self.alive, 3, 2, 4, 12.5, 100, 100 * len(self.loaded), 1)
+        return Status(self.state, self.alive, 3, 2, 4, 12.5, 100 * len(self.loaded), 1)
 
     @property
     def alive(self) -> bool:

@@ -23,6 +23,7 @@ from serving import (
 )
 
 from antefix.attach import attached
+from antefix.attachment import Attachment
 from antefix.bank import Bank
 from antefix.base import Base
 from antefix.errors import ServingError
@@ -189,13 +190,18 @@ def test_a_prompt_that_is_being_read_can_be_cancelled(base: Base, bank: Bank) ->
     loop.close()
 
 
-def test_what_is_attached_changes_only_with_the_set_of_prefixes(base: Base, bank: Bank) -> None:
+def test_what_is_attached_changes_only_with_the_set_of_prefixes(
+    base: Base, bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Attachment] = []
+    begin = Attachment.begin
+    monkeypatch.setattr(Attachment, "begin", lambda self: (begun.append(self), begin(self)))
     loop = loop_over(base, bank)
     for n in range(12):
         loop.add(Job(f"job {n}", some_prompt(4, n), (("p1",), ("p2",), ())[n % 3], greedy(3)))
         loop.step()
     run_all(loop)
-    assert loop.num_attached == 2
+    assert len(begun) == 2
     loop.close()
 
 

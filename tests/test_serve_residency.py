@@ -63,7 +63,7 @@ def test_what_is_pinned_or_at_work_stays(base: Base, bank: Bank) -> None:
     residency.give_back(taken)
     residency.load("c")
     assert names_in(residency) == ["a", "c"]
-    residency.unpin("a")
+    residency.unload("a")
     residency.load("d")
     assert names_in(residency) == ["c", "d"]
 
@@ -91,10 +91,9 @@ def test_unload_forgets_a_pinned_prefix_too(base: Base, bank: Bank) -> None:
     residency.unload("a")
     assert residency.resident() == ()
     assert residency.num_bytes == 0
-    for call in (residency.unload, residency.unpin):
-        with pytest.raises(ServingError, match="the prefix 'a' is not in memory") as refused:
-            call("a")
-        assert refused.value.kind == "not_found"
+    with pytest.raises(ServingError, match="the prefix 'a' is not in memory") as refused:
+        residency.unload("a")
+    assert refused.value.kind == "not_found"
 
 
 def test_a_prefix_that_changed_on_disk_is_read_again(base: Base, bank: Bank) -> None:

@@ -27,8 +27,6 @@ class AttachedSet:
         self._every: list[Carried] = []  # the latest that joined last
         self._attachment: Attachment | None = None
         self._rows: list[int] | None = None
-        self.num_attached = 0
-        """How often something was attached: once for every set."""
 
     def include(self, joining: Sequence[Carried], at_work: Sequence[Carried]) -> None:
         """Have these attached. Raises PrefixError, and leaves things as they were."""
@@ -42,7 +40,6 @@ class AttachedSet:
         self.release()
         attachment.begin()
         self._every, self._attachment = every, attachment
-        self.num_attached += 1
 
     def place(self, rows: Sequence[Carried | None], source_columns: int | Tensor) -> None:
         """The next pass has these rows, whose sources end in these columns."""

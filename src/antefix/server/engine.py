@@ -33,10 +33,6 @@ class Engine(Protocol):
         """Read a prefix into memory and keep it there. Raises ServingError."""
         ...
 
-    async def unpin(self, name: str) -> None:
-        """Let a prefix be dropped for others again. Raises ServingError (`not_found`: not resident)."""
-        ...
-
     def resident(self) -> tuple[Resident, ...]:
         """The prefixes in memory, the latest used last."""
         ...

@@ -102,11 +102,6 @@ class Loop:
         """Whether there is nothing to do."""
         return not self.num_running and not self._waiting
 
-    @property
-    def num_attached(self) -> int:
-        """How often the set of attached prefixes changed."""
-        return self._attached.num_attached
-
     def add(self, job: Job) -> None:
         """Let a job wait for a row."""
         self._waiting.append(job)

@@ -111,9 +111,9 @@ class Cancel:
     job: str
 
 
-Action = Literal["load", "unload", "pin", "unpin"]
-"""What is done with a prefix: read it into memory, also where it is there and its files changed; forget it, while jobs
-that have it go on; read it and never drop it for others; let it be dropped again."""
+Action = Literal["load", "unload", "pin"]
+"""What is done with a prefix: read it into memory, also where it is there and its files changed; forget it and its pin,
+while jobs that have it go on; read it and never drop it for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,6 @@ class Measured:
     running: int
     tokens_per_s: float
     """Written over the last seconds."""
-    num_tokens: int
-    """Written since the worker started."""
     resident_bytes: int
     resident: tuple[Resident, ...] | None
     """The latest used last; None: as it was when last told."""

@@ -88,7 +88,8 @@ class Residency:
 
     def unload(self, name: str) -> None:
         """Forget a prefix, pinned or not; jobs that have it go on. Raises ServingError (`not_found`)."""
-        self._check_here(name)
+        if name not in self._here:
+            raise ServingError(f"the prefix '{name}' is not in memory", "not_found")
         self._pinned.discard(name)
         self._drop(name)
 
@@ -98,22 +99,12 @@ class Residency:
         self._pinned.add(name)
         self.num_changes += 1
 
-    def unpin(self, name: str) -> None:
-        """Let a prefix be dropped again. Raises ServingError (`not_found`)."""
-        self._check_here(name)
-        self._pinned.discard(name)
-        self.num_changes += 1
-
     def resident(self) -> tuple[Resident, ...]:
         """What is here, the latest used last."""
         return tuple(
             Resident(name, carried.num_bytes, name in self._pinned, self._at_work[carried])
             for name, (carried, _) in self._here.items()
         )
-
-    def _check_here(self, name: str) -> None:
-        if name not in self._here:
-            raise ServingError(f"the prefix '{name}' is not in memory", "not_found")
 
     def _stamps(self, name: str) -> _Stamps | None:
         """None: there is no such prefix."""

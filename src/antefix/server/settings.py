@@ -48,7 +48,6 @@ class Status:
     running: int
     max_rows: int
     tokens_per_s: float
-    num_tokens: int
     resident_bytes: int
     num_restarts: int
 

@@ -123,7 +123,6 @@ class _Worker:
                 "load": self._residency.load,
                 "unload": self._residency.unload,
                 "pin": self._residency.pin,
-                "unpin": self._residency.unpin,
             }[order.action]
             do(order.name)
         except ServingError as error:
@@ -145,8 +144,7 @@ class _Worker:
         resident = None if known == self._told_changes else residency.resident()
         self._told_changes = known
         return Measured(
-            waiting=self._loop.num_waiting, running=self._loop.num_running,
-            tokens_per_s=self._pace.tokens_per_s(), num_tokens=self._pace.num_tokens,
+            waiting=self._loop.num_waiting, running=self._loop.num_running, tokens_per_s=self._pace.tokens_per_s(),
             resident_bytes=residency.num_bytes, resident=resident,
         )  # fmt: skip
 
@@ -160,14 +158,12 @@ class _Worker:
 
 
 class _Pace:
-    """Tokens written, in all and over the last seconds."""
+    """Tokens written over the last seconds."""
 
     def __init__(self) -> None:
-        self.num_tokens = 0
         self._lately: deque[tuple[float, int]] = deque()
 
     def count(self, num_tokens: int) -> None:
-        self.num_tokens += num_tokens
         if num_tokens:
             self._lately.append((time.monotonic(), num_tokens))
         self._forget()

@@ -117,11 +117,6 @@ class WorkerEngine:
         await self._order("pin", name)
         self._pinned.add(name)
 
-    async def unpin(self, name: str) -> None:
-        """Let a prefix be dropped for others again."""
-        await self._order("unpin", name)
-        self._pinned.discard(name)
-
     def resident(self) -> tuple[Resident, ...]:
         """The prefixes in memory."""
         return self._resident if self.alive else ()
@@ -132,10 +127,8 @@ class WorkerEngine:
         return Status(
             state=self._state, alive=self.alive,
             waiting=said.waiting if said else 0, running=said.running if said else 0,
-            max_rows=self._settings.max_rows,
-            tokens_per_s=said.tokens_per_s if said else 0.0, num_tokens=said.num_tokens if said else 0,
-            resident_bytes=said.resident_bytes if said else 0,
-            num_restarts=self._num_restarts,
+            max_rows=self._settings.max_rows, tokens_per_s=said.tokens_per_s if said else 0.0,
+            resident_bytes=said.resident_bytes if said else 0, num_restarts=self._num_restarts,
         )  # fmt: skip
 
     @property
