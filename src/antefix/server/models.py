@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from antefix.bank import Bank, Entry
+from antefix.bank.entry import Stamps, stamps_of
 from antefix.errors import BankError, PrefixError, one_line
 from antefix.server.refusal import Refusal
 from antefix.server.replies import Model, OfPrefix
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 _LOOK_AGAIN_S = 60
 """A card that is edited in its place does not change its bank's folder."""
 _MOST_CARDS = 1024
-
-Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Models:
         self._entries: dict[str, Entry] = {}
         self._seen: tuple[int, float] = (-1, 0.0)
         self._looking = asyncio.Lock()
-        self._cards: dict[str, tuple[Stamp, Card]] = {}
+        self._cards: dict[str, tuple[Stamps, Card]] = {}
 
     def id_of(self, name: str) -> str:
         """The id of a prefix."""
@@ -127,16 +126,15 @@ class Models:
     def card(self, name: str) -> Card:
         """What a prefix says about itself. Raises Refusal for one that is gone or broken."""
         try:
-            status = os.stat(self.bank.path(name) / "card.json")
-            stamp = (status.st_ino, status.st_mtime_ns)
+            stamps = stamps_of(str(self.bank.path(name)))
+            if stamps is None or stamps.card is None:
+                raise Refusal(404, f"the prefix '{name}' is gone", param="model", code="model_not_found")
             known = self._cards.get(name)
-            if known is None or known[0] != stamp:
-                known = (stamp, self.bank.card(name))
+            if known is None or known[0] != stamps:
+                known = (stamps, self.bank.card(name))
                 if len(self._cards) >= _MOST_CARDS:
                     self._cards.clear()
                 self._cards[name] = known
-        except FileNotFoundError as error:
-            raise Refusal(404, f"the prefix '{name}' is gone", param="model", code="model_not_found") from error
         except (PrefixError, BankError, OSError) as error:
             raise Refusal(400, str(error), param="model", code="broken_prefix") from error
         return known[1]

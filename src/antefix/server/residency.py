@@ -1,29 +1,25 @@
 """Which prefixes are in memory: read from the bank when asked for, bounded by bytes; the longest unused go first.
 
 A prefix is kept as what is attached, once; the file's own tensors go. Whether its files are still the same is looked up
-at every request (two calls of `stat`).
+at every request (a few calls of `stat`).
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
 from antefix.attachment import Attachment
 from antefix.bank import Bank
+from antefix.bank.entry import Stamps, stamps_of
 from antefix.base import Base
 from antefix.data.linearise import TextFormat
 from antefix.errors import AntefixError, ServingError
 from antefix.methods.base import MethodModule
-from antefix.prefix import CARD_FILE, Prefix
+from antefix.prefix import Prefix
 from antefix.server.carried import Carried, side_by_side
 from antefix.server.messages import Resident
-from antefix.tensor_file import TENSORS_FILE
-
-_Stamps = tuple[tuple[int, int, int], ...]
-"""What tells files from others under the same names: inode, modification time in ns, bytes."""
 
 
 class Residency:
@@ -31,7 +27,7 @@ class Residency:
 
     def __init__(self, base: Base, bank: Bank, max_bytes: int) -> None:
         self._base, self._bank, self.max_bytes = base, bank, max_bytes
-        self._here: OrderedDict[str, tuple[Carried, _Stamps]] = OrderedDict()  # the latest used last
+        self._here: OrderedDict[str, tuple[Carried, Stamps]] = OrderedDict()  # the latest used last
         self._pinned: set[str] = set()
         self._at_work: Counter[Carried] = Counter()
         self._several: WeakValueDictionary[tuple[Carried, ...], Carried] = WeakValueDictionary()
@@ -106,11 +102,9 @@ class Residency:
             for name, (carried, _) in self._here.items()
         )
 
-    def _stamps(self, name: str) -> _Stamps | None:
+    def _stamps(self, name: str) -> Stamps | None:
         """None: there is no such prefix."""
-        if name not in self._bank:
-            return None
-        return tuple(_stamp(self._bank.path(name) / file) for file in (CARD_FILE, TENSORS_FILE))
+        return stamps_of(str(self._bank.path(name))) if name in self._bank else None
 
     def _drop(self, name: str) -> None:
         carried, _ = self._here.pop(name)
@@ -173,11 +167,3 @@ def _check_can_be_served(what: str, module: MethodModule) -> None:
 def num_bytes_of(module: MethodModule) -> int:
     """What a prefix's tensors take in memory."""
     return sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
-
-
-def _stamp(path: os.PathLike[str]) -> tuple[int, int, int]:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return (0, 0, 0)
-    return status.st_ino, status.st_mtime_ns, status.st_size
