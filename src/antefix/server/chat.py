@@ -43,8 +43,7 @@ async def chat(asked: ChatRequest, request: Request, caller: Annotated[Caller, D
     wanted = Wanted(max_tokens=max_tokens, logprobs=logprobs, strip=text_format is not None)
     made = asking(serving, asked, chosen, [prompt], wanted)
     shape = ChatShape(made, asked.model, serving.tokens, scores=asked.logprobs)
-    with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-    return await answer(request, made, shape, stream=asked.stream, with_usage=with_usage)
+    return await answer(request, made, shape, stream=asked.stream, with_usage=asked.with_usage)
 
 
 async def _prompt(

@@ -35,8 +35,7 @@ async def complete(
     prompts = await _prompts(asked, serving.tokens)
     made = asking(serving, asked, chosen, prompts, wanted)
     shape = TextShape(made, asked.model, serving.tokens, scores=asked.logprobs is not None)
-    with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-    return await answer(request, made, shape, stream=asked.stream, with_usage=with_usage)
+    return await answer(request, made, shape, stream=asked.stream, with_usage=asked.with_usage)
 
 
 async def _prompts(asked: CompletionRequest, tokens: Tokens) -> list[tuple[int, ...]]:

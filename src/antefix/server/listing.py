@@ -12,7 +12,7 @@ from antefix.bank import Entry
 from antefix.errors import ServingError
 from antefix.server.keys import Caller
 from antefix.server.refusal import Refusal
-from antefix.server.replies import Model, Models, OfPrefix
+from antefix.server.replies import Model, ModelList, OfPrefix
 from antefix.server.serving import Serving, caller_of, manager_of, serving_of, tell
 from antefix.server.wire import LoadRequest, UnloadRequest
 from antefix.server.writing import refusal_of
@@ -28,7 +28,7 @@ async def models(
     tag: Annotated[str, Query(max_length=200)] = "",
     limit: Annotated[int | None, Query(ge=1, le=1_000_000)] = None,
     after: Annotated[str, Query(max_length=600, description="Only what comes after this id.")] = "",
-) -> Models:
+) -> ModelList:
     """The base and its prefixes, those that the caller may ask for."""
     serving = serving_of(request)
     entries = await serving.models.entries()

@@ -14,7 +14,7 @@ from antefix.errors import ServingKind
 Top = tuple[tuple[int, float], ...]
 """The likeliest tokens at one place, the likeliest first: `(id, log-probability)`."""
 
-Reason = Literal["stop", "length", "cancelled"]
+EndReason = Literal["stop", "length", "cancelled"]
 """Why a job ended: the token that ends a text came; as many tokens as asked for; nobody wants it any more."""
 
 Kind = ServingKind
@@ -87,7 +87,7 @@ class Finished:
     """A job's last event, if all went well."""
 
     job: str
-    reason: Reason
+    reason: EndReason
     num_slots: int = 0
     """How many slots of prefixes the job had at a site."""
 

@@ -160,7 +160,7 @@ class Model(TypedDict):
     antefix: OfPrefix | None
 
 
-class Models(TypedDict):
+class ModelList(TypedDict):
     """The reply of `/v1/models`."""
 
     object: Literal["list"]

@@ -29,8 +29,7 @@ async def write(asked: TableRequest, request: Request, caller: Annotated[Caller,
     prompt = await encode(serving.tokens, text_format, source_of(asked.table, text_format))
     made = asking(serving, asked, chosen, [prompt], Wanted(max_tokens=asked.max_tokens, strip=True))
     shape = TextShape(made, asked.model, serving.tokens, scores=False)
-    with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-    return await answer(request, made, shape, stream=asked.stream, with_usage=with_usage)
+    return await answer(request, made, shape, stream=asked.stream, with_usage=asked.with_usage)
 
 
 def _format_for(asked: TableRequest) -> TextFormat:

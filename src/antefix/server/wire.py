@@ -159,6 +159,11 @@ class Asked(_Body):
         return self
 
     @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings; none where ends are ignored."""
         if self.ignore_eos:
