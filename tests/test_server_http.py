@@ -23,6 +23,7 @@ from antefix.server.app import make_app
 from antefix.server.keys import Keys
 from antefix.server.messages import Event, Failed, Finished, Job, Token
 from antefix.server.serving import Serving
+from antefix.server.tokens import Tokens
 from antefix.server.wire import IGNORED
 
 BASE = "tiny/llama"
@@ -676,6 +677,21 @@ def test_metrics(bank: Bank) -> None:
         "antefix_worker_restarts 1.0",
     ):
         assert line in page
+
+
+def test_the_first_token_is_timed_from_the_request_on(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def slowly(tokens: Tokens, text: str) -> tuple[int, ...]:
+        await asyncio.sleep(0.1)
+        return tuple(ids_of(text))
+
+    monkeypatch.setattr(Tokens, "of_text", slowly)
+    client, _ = caller(bank)
+    with caplog.at_level("INFO", "antefix.server"):
+        client.post("/v1/completions", COMPLETION)
+    (told,) = [record.told for record in caplog.records if hasattr(record, "told")]
+    assert 100 <= told["first_token_ms"] <= told["ms"]
 
 
 def test_labels_of_prefixes_are_bounded(bank: Bank) -> None:

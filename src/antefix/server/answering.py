@@ -85,14 +85,14 @@ async def _measured(request: Request, asking: Asking) -> AsyncGenerator[Piece]:
     """The pieces, counted and timed."""
     serving = serving_of(request)
     label = serving.meters.label(asking.chosen.prefixes)
-    start, first, texts = time.monotonic(), True, [""] * len(asking.choices)
+    first, texts = True, [""] * len(asking.choices)
     try:
         async with aclosing(together(asking.choices, serving.engine)) as pieces:
             async for piece in pieces:
                 if first and (asking.choices[piece.index].num_tokens or piece.reason):
-                    first = False
-                    serving.meters.first_token.labels(label).observe(time.monotonic() - start)
-                    tell(request, first_token_ms=round(1000 * (time.monotonic() - start), 1))
+                    first, seconds = False, time.monotonic() - request.state.start_s
+                    serving.meters.first_token.labels(label).observe(seconds)
+                    tell(request, first_token_ms=round(1000 * seconds, 1))
                 if serving.rules.log_texts:
                     texts[piece.index] += piece.text
                 yield piece

@@ -80,8 +80,8 @@ class Logged:
             await self._app(scope, receive, send)
             return
         told: dict[str, Any] = {"request": uuid.uuid4().hex[:16]}
-        scope.setdefault("state", {})["told"] = told
         start = time.monotonic()
+        scope.setdefault("state", {}).update(told=told, start_s=start)
         status = 0
 
         async def noted(message: Message) -> None:
