@@ -169,16 +169,18 @@ class WorkerEngine:
                 return
             self._in_a_row = 0 if time.monotonic() - began > _SETTLED_S else self._in_a_row
             self._state = "restarting"
-            while not await self._restarted():
-                if self._in_a_row >= self._settings.max_restarts:
-                    _log.error("the engine's worker died %d times in a row: no more is started", self._in_a_row + 1)
-                    self._state = "dead"
-                    return
+            is_back = False
+            while not is_back and self._in_a_row < self._settings.max_restarts:
+                is_back = await self._restarted()
+            if not is_back:
+                _log.error("the engine's worker died %d times in a row: no more is started", self._in_a_row + 1)
+                self._state = "dead"
+                await asyncio.to_thread(self._kill)
+                return
 
     async def _restarted(self) -> bool:
+        """Whether another worker takes jobs now."""
         await asyncio.to_thread(self._kill)
-        if self._in_a_row >= self._settings.max_restarts:
-            return False
         await asyncio.sleep(_FIRST_PAUSE_S * 2**self._in_a_row)
         self._in_a_row += 1
         self._num_restarts += 1
