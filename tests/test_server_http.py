@@ -342,7 +342,8 @@ def test_one_choice_that_fails_ends_the_others(bank: Bank) -> None:
         yield 30.0
 
     client, engine = caller(bank, one_fails)
-    assert error(client.post("/v1/completions", {**COMPLETION, "n": 3}), 429)["message"] == "no room"
+    found = error(client.post("/v1/completions", {**COMPLETION, "n": 3}), 429)
+    assert (found["message"], found["code"]) == ("no room", "overloaded"), "of the engine, not of the queue before it"
     assert sorted(engine.cancelled) == sorted(job.id for job in engine.jobs if not job.id.endswith("-1"))
     assert client.serving.admission.open == 0
 

@@ -31,7 +31,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         403: "The API key does not open this.",
         404: "There is no such model.",
         413: "The request is too long.",
-        429: "The queue is full; `Retry-After` says when to ask again.",
+        429: "There is no room; `Retry-After` says when to ask again.",
         500: "Our fault.",
         503: "The engine takes nothing now; `Retry-After` says when to ask again.",
     }.items()

@@ -25,7 +25,7 @@ _STATUS = {
     "broken_prefix": (400, "broken_prefix"),
     "unsupported": (400, "unsupported"),
     "too_long": (400, "context_length_exceeded"),
-    "overloaded": (429, "queue_full"),
+    "overloaded": (429, "overloaded"),
     "unavailable": (503, "unavailable"),
     "internal": (500, "internal_error"),
 }
