@@ -72,7 +72,7 @@ def asking(
         serving.tokens.refuse_unknown(prompt, "prompt")
     biases = {int(token): bias for token, bias in asked.logit_bias.items()}
     serving.tokens.refuse_unknown(list(biases), "logit_bias")
-    slots = sum(_slots_of(card) for card in cards)
+    slots = sum(card.num_virtual_tokens or 0 for card in cards)
     request_id = uuid.uuid4().hex
     choices = []
     for place, prompt in enumerate(prompts):
@@ -138,13 +138,8 @@ def _max_tokens(
     most = decoding.max_new_tokens if decoding is not None else serving.rules.default_max_tokens
     if serving.tokens.context_length is None:
         return most
-    shifted = sum(_slots_of(card) for card in cards if card.positions == "shifted")
+    shifted = sum(card.num_virtual_tokens or 0 for card in cards if card.positions == "shifted")
     return max(1, min(most, serving.tokens.context_length - shifted - len(prompt)))
-
-
-def _slots_of(card: Card) -> int:
-    slots = card.config.get("num_virtual_tokens", 0)
-    return slots if isinstance(slots, int) else 0
 
 
 def _not_applied(decoding: Decoding | None) -> tuple[str, ...]:

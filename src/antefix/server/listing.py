@@ -58,11 +58,10 @@ async def model(model_id: str, request: Request, caller: Annotated[Caller, Depen
         return serving.models.base_model()
     card = serving.models.card(name)
     resident = any(one.name == name for one in serving.engine.resident())
-    slots = card.config.get("num_virtual_tokens")
     of_prefix: OfPrefix = {
         "name": name,
         "method": card.method,
-        "num_virtual_tokens": slots if isinstance(slots, int) else None,
+        "num_virtual_tokens": card.num_virtual_tokens,
         "tags": list(card.tags),
         "licence": card.licence,
         "scores": card.scores,
