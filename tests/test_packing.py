@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from antefix.attach import attached
 from antefix.attention.hook import routed
 from antefix.base import Base
-from antefix.batches.batch import Batch, packed_batch, padded_batch
+from antefix.batches.batch import Batch, NoForestError, packed_batch, padded_batch
 from antefix.batches.head import label_logits, pair_losses
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit, all_units
@@ -216,7 +216,7 @@ def test_a_packed_row_feeds_less(llama: PreTrainedModel) -> None:
 
 def test_layers_that_no_mask_describes_are_refused(llama: PreTrainedModel) -> None:
     llama.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-    with pytest.raises(ValueError, match="layers of the kinds chunked_attention, full_attention take no packed rows"):
+    with pytest.raises(NoForestError, match="layers of the kinds chunked_attention, full_attention take no"):
         packed_batch(DATA, [Unit(0, (0,))], llama)
 
 

@@ -18,7 +18,7 @@ from antefix.attach import attached
 from antefix.base import Base
 from antefix.batches.batch import Choices
 from antefix.batches.choices import choice_scores
-from antefix.batches.form import batch_of
+from antefix.batches.form import batch_form, batch_of
 from antefix.batches.head import label_losses
 from antefix.choices import choose_each
 from antefix.cli import app
@@ -110,6 +110,12 @@ def test_parts_of_a_step_add_up_and_padding_changes_nothing(name: str) -> None:
     for other in found[1:]:
         for one, same in zip(found[0], other, strict=True):
             torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_packed_whichever_choice_is_right() -> None:
+    base = tiny_base("llama")
+    encoded = replace(encoded_for(base), examples=tuple(e for e in encoded_for(base).examples if e.right == 2))
+    assert batch_form(base.model, encoded, packed=True) == "packed"
 
 
 def test_choices_of_an_example_stay_together() -> None:

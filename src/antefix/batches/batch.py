@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class NoForestError(ValueError):
+    """A kind of layer that no forest describes: rows are padded."""
+
+
 class Choices(NamedTuple):
     """Which example every pair of a batch is a choice of, its place there, and which of them is right.
 
@@ -198,13 +202,13 @@ def _forest_masks(
 ) -> Tensor | Mapping[str, Tensor]:
     """The forest in the model's own form of a mask: one for each kind of layer where it has several.
 
-    Windows count positions, not places in the row: a target stands right behind its source. Raises ValueError for
+    Windows count positions, not places in the row: a target stands right behind its source. Raises NoForestError for
     a kind of layer that no forest describes (chunked or linear attention).
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layers of the kinds {', '.join(sorted(kinds))} take no packed rows")
+        raise NoForestError(f"layers of the kinds {', '.join(sorted(kinds))} take no packed rows")
     windowed = forest_mask(parents, window_of(config), is_target)
     if len(kinds) > 1:
         forms = {"full_attention": forest_mask(parents, None, is_target), "sliding_attention": windowed}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from antefix.attention.hook import routed
-from antefix.batches.batch import Batch, Choices, encoder_decoder_batch, packed_batch, padded_batch
+from antefix.batches.batch import Batch, Choices, NoForestError, encoder_decoder_batch, packed_batch, padded_batch
 from antefix.batches.head import pair_losses
 from antefix.batches.labelled import labelled_batch
 from antefix.data.encode import Encoded
@@ -48,30 +48,44 @@ def batch_form(model: PreTrainedModel, data: Encoded, packed: bool | None, *, la
         return "encoder_decoder"
     if packed is False or (packed is None and model.device.type != "cpu"):
         return "padded"
-    forms: tuple[BatchForm, BatchForm] = ("packed", "padded")
-    unit = _probe_unit(data)
+    takes_packed = _takes_packed(model, data)
+    if not takes_packed and packed:
+        raise TrainingError("packed = true, but this base's attention cannot take packed rows: leave `packed` out")
+    return "packed" if takes_packed else "padded"
+
+
+def _takes_packed(model: PreTrainedModel, data: Encoded) -> bool:
+    """Whether a packed row gives the losses of padded ones."""
+    units = [_probe_unit(data)]
+    padded = batch_of("padded", data, units, model)
+    try:
+        packed = batch_of("packed", data, units, model)
+    except NoForestError:
+        return False
     with torch.no_grad(), routed(model):
+        apart = pair_losses(model, padded)
         try:
-            together, apart = (pair_losses(model, batch_of(form, data, [unit], model)) for form in forms)
-            equal = torch.allclose(together, apart, rtol=2e-2 if model.dtype != torch.float32 else 1e-4, atol=1e-4)
+            together = pair_losses(model, packed)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError):  # an attention that such a mask does not fit
-            equal = False
-    if not equal and packed:
-        raise TrainingError("packed = true, but this base's attention cannot take packed rows: leave `packed` out")
-    return "packed" if equal else "padded"
+            return False
+    return torch.allclose(together, apart, rtol=2e-2 if model.dtype != torch.float32 else 1e-4, atol=1e-4)
 
 
 def _probe_unit(data: Encoded) -> Unit:
-    """Two targets of one source, of the longest: a window must be at work where there is one."""
+    """Two targets of one source, of the longest: a window must be at work where there is one. Choices all together."""
+
+    def targets(n: int) -> int:
+        count = len(data.examples[n].targets)
+        return count if data.are_choices else min(count, 2)
 
     def size(n: int) -> tuple[int, int]:
         example = data.examples[n]
-        return min(len(example.targets), 2), len(example.source) + sum(len(t) for t in example.targets[:2])
+        return targets(n), len(example.source) + sum(len(t) for t in example.targets[: targets(n)])
 
     chosen = max(range(len(data.examples)), key=size)
-    return Unit(chosen, tuple(range(min(len(data.examples[chosen].targets), 2))))
+    return Unit(chosen, tuple(range(targets(chosen))))
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
