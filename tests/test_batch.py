@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import ClassVar, get_args
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from antefix.batches.batch import encoder_decoder_batch, packed_batch, padded_batch
 from antefix.batches.head import pair_losses
+from antefix.batches.labelled import labelled_batch
 from antefix.data import Chat, Example, Message, Table
 from antefix.data.encode import Encoded, EncodedExample, Limits, encode
 from antefix.data.linearise import TextFormat
@@ -34,6 +36,12 @@ def encoded(*shapes: tuple[int, tuple[int, ...]], for_encoder: bool = False) -> 
 
     examples = tuple(EncodedExample(ids(s), tuple(ids(t) for t in targets)) for s, targets in shapes)
     return Encoded(examples, 0, 0, for_encoder)
+
+
+def tagged(example: EncodedExample) -> EncodedExample:
+    """With a label at every place, as often as it has targets."""
+    places = tuple(range(len(example.source)))
+    return replace(example, targets=(places,) * len(example.targets), places=places)
 
 
 REFERENCES = encoded((4, (3,) * 9), (5, (2,)), (6, ()), (3, (4,) * 4), (2, (1, 2, 3)))
@@ -163,19 +171,30 @@ class TestMicrobatches:
     @given(
         st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=6).map(tuple)),
                  min_size=1, max_size=10),
-        st.integers(1, 90), st.integers(1, 6), st.sampled_from(["packed", "padded", "encoder_decoder"]),
+        st.integers(1, 90), st.integers(1, 6), st.sampled_from(["packed", "padded", "encoder_decoder", "labels"]),
+        st.booleans(),
     )  # fmt: skip
     def test_the_budget_holds_and_no_pair_is_lost(
-        self, rows: list[tuple[int, tuple[int, ...]]], budget: int, targets_per_row: int, form: str
+        self, rows: list[tuple[int, tuple[int, ...]]], budget: int, targets_per_row: int, form: str, are_choices: bool
     ) -> None:
         data = encoded(*rows, for_encoder=form == "encoder_decoder")
+        if form == "labels":
+            data = replace(data, examples=tuple(tagged(e) for e in data.examples))
+        elif are_choices:
+            data, targets_per_row = replace(data, are_choices=True), 6
         units = all_units(data, targets_per_row)
-        made = microbatches(data, units, budget, packed=form != "padded")
+        made = microbatches(data, units, budget, packed=form == "packed")
         assert Counter(pair for batch in made for pair in pairs_of(batch)) == Counter(pairs_of(units))
         model = MODELS["bart" if form == "encoder_decoder" else "gpt2"]
-        build = {"packed": packed_batch, "padded": padded_batch, "encoder_decoder": encoder_decoder_batch}[form]
+        build = {
+            "packed": packed_batch,
+            "padded": padded_batch,
+            "encoder_decoder": encoder_decoder_batch,
+            "labels": labelled_batch,
+        }[form]
         for batch in made:
-            assert build(data, batch, model).num_tokens <= budget or len(pairs_of(batch)) == 1
+            whole = len(pairs_of(batch)) == 1 or (len(batch) == 1 and (data.are_choices or form == "labels"))
+            assert build(data, batch, model).num_tokens <= budget or whole
 
     def test_rows_of_like_length_stand_together(self) -> None:
         data = encoded((9, (9,)), (2, (2,)), (9, (8,)), (2, (1,)))

@@ -385,7 +385,7 @@ def test_every_process_gets_as_many_passes_where_there_are_pairs_enough(
     data = encoded(*rows, for_encoder=form == "encoder_decoder")
     units = all_units(data, targets_per_row)
     alone, made = (
-        microbatches(data, units, budget, packed=form != "padded", multiple_of=n) for n in (1, num_processes)
+        microbatches(data, units, budget, packed=form == "packed", multiple_of=n) for n in (1, num_processes)
     )
     assert Counter(p for batch in made for p in pairs_of(batch)) == Counter(pairs_of(units))
     assert len(made) % num_processes == 0 or all(len(batch) == 1 for batch in made)

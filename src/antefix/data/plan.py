@@ -80,11 +80,12 @@ def microbatches(
     """Units in batches of at most `token_budget` tokens, padding included.
 
     A row that is longer than the budget gives some of its targets to a row of their own; a single pair that is
-    longer is a batch by itself. Where rows are padded, those of like lengths stand together; where they are laid end to
-    end, batches are as few as they can be and hold about the same number of tokens. multiple_of: so many processes get
-    as many batches each, where there are pairs enough.
+    longer is a batch by itself, as are choices and labelled texts. packed: rows are laid end to end, and batches are as
+    few as they can be and hold about the same number of tokens. Else they are padded, and those of like lengths stand
+    together; texts that are written are a row for every target then. multiple_of: so many processes get as many batches
+    each, where there are pairs enough.
     """
-    rows = [part for unit in units for part in _fitting(encoded, unit, token_budget if packed else 0)]
+    rows = [part for unit in units for part in _fitting(encoded, unit, token_budget, packed)]
     divisible = not encoded.are_choices
     while divisible and len(rows) < multiple_of and (long := [row for row in rows if len(row.targets) > 1]):
         longest = rows.index(max(long, key=lambda row: row_tokens(encoded, row)))
@@ -93,12 +94,12 @@ def microbatches(
         return _evenly(encoded, rows, token_budget, multiple_of)
     batches: list[list[Unit]] = []
     for unit in sorted(rows, key=lambda row: row_tokens(encoded, row)):
-        if batches and _batch_tokens(encoded, [*batches[-1], unit]) <= token_budget:
+        if batches and _batch_tokens(encoded, [*batches[-1], unit], packed) <= token_budget:
             batches[-1].append(unit)
         else:
             batches.append([unit])
     while len(batches) % multiple_of and (wide := [batch for batch in batches if len(batch) > 1]):
-        fullest = batches.index(max(wide, key=lambda batch: _batch_tokens(encoded, batch)))
+        fullest = batches.index(max(wide, key=lambda batch: _batch_tokens(encoded, batch, packed)))
         half = len(batches[fullest]) // 2
         batches[fullest : fullest + 1] = [batches[fullest][:half], batches[fullest][half:]]
     return batches
@@ -122,10 +123,14 @@ def _evenly(encoded: Encoded, rows: Sequence[Unit], token_budget: int, multiple_
         count += max(1, count // 16)
 
 
-def _fitting(encoded: Encoded, unit: Unit, token_budget: int) -> list[Unit]:
-    if len(unit.targets) == 1 or encoded.are_choices or _batch_tokens(encoded, [unit]) <= token_budget:
+def _fitting(encoded: Encoded, unit: Unit, token_budget: int, packed: bool) -> list[Unit]:
+    if len(unit.targets) == 1 or encoded.are_choices:
         return [unit]
-    return [part for half in _halves(unit) for part in _fitting(encoded, half, token_budget)]
+    if not packed and not encoded.for_encoder:
+        return _rows(encoded, unit, packed)
+    if _batch_tokens(encoded, [unit], packed) <= token_budget:
+        return [unit]
+    return [part for half in _halves(unit) for part in _fitting(encoded, half, token_budget, packed)]
 
 
 def _halves(unit: Unit) -> tuple[Unit, Unit]:
@@ -133,16 +138,26 @@ def _halves(unit: Unit) -> tuple[Unit, Unit]:
     return Unit(unit.example, unit.targets[:half]), Unit(unit.example, unit.targets[half:])
 
 
-def _batch_tokens(encoded: Encoded, units: Sequence[Unit]) -> int:
+def _batch_tokens(encoded: Encoded, units: Sequence[Unit], packed: bool) -> int:
     """Tokens that a batch of these units feeds, padding included."""
-    if not encoded.for_encoder:
-        return len(units) * max(row_tokens(encoded, u) for u in units)
     examples = encoded.examples
+    if not encoded.for_encoder:
+        rows = [row for u in units for row in _rows(encoded, u, packed)]
+        return len(rows) * max(row_tokens(encoded, row) for row in rows)
     targets = [len(examples[u.example].targets[t]) for u in units for t in u.targets]
     return len(units) * max(len(examples[u.example].source) for u in units) + len(targets) * max(targets)
 
 
+def _rows(encoded: Encoded, unit: Unit, packed: bool) -> list[Unit]:
+    """The rows that a unit is fed as, each with the source."""
+    if packed or encoded.examples[unit.example].places:
+        return [unit]
+    return [Unit(unit.example, (target,)) for target in unit.targets]
+
+
 def row_tokens(encoded: Encoded, unit: Unit) -> int:
-    """Tokens of a packed row; a target's last one is not fed."""
+    """Tokens of a packed row, or of a text that is labelled. A target's last one is not fed, and no label is."""
     example = encoded.examples[unit.example]
+    if example.places:
+        return len(example.source)
     return len(example.source) + sum(len(example.targets[t]) - 1 for t in unit.targets)

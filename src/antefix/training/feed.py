@@ -49,9 +49,8 @@ class Feed:
 
     def parts(self, units: Sequence[Unit], multiple_of: int = 1) -> list[list[Unit]]:
         """Units in batches within the token budget; see `microbatches`."""
-        return microbatches(
-            self._fed, units, self.tokens_per_batch, packed=self.form != "padded", multiple_of=multiple_of
-        )
+        packed = self.form == "packed"
+        return microbatches(self._fed, units, self.tokens_per_batch, packed=packed, multiple_of=multiple_of)
 
     def step_loss(self, batch: Batch, size: StepSize, recipe: TrainingRecipe) -> Tensor:
         """What a batch adds to the loss of a step of this size."""

@@ -59,7 +59,7 @@ def passes(
     together = Encoded(examples, 0, 0, for_encoder=form == "encoder_decoder")
     if form == "encoder_decoder":  # a row of the encoder for every row of the decoder: they carry the same prefix
         units = [Unit(unit.example, (target,)) for unit in units for target in unit.targets]
-    for part in microbatches(together, units, tokens_per_batch, packed=form != "padded"):
+    for part in microbatches(together, units, tokens_per_batch, packed=form == "packed"):
         pairs = [owners[unit.example] for unit in part for _ in unit.targets]
         rows = [owners[unit.example] for unit in part] if form == "packed" else pairs
         attachment.rows = [share.row for share in rows]
