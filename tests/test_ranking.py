@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_method
+from conftest import METHOD_CONFIGS, tiny_base, tiny_method
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -30,6 +30,7 @@ from antefix.errors import DataError, GenerationError
 from antefix.metrics import score
 from antefix.prefix import Prefix
 from antefix.tasks import RankingTask
+from antefix.training.feed import feed_of
 from antefix.training.objectives import RankingWeights, StepSize
 from antefix.training.ranking import ranking_loss
 from antefix.training.recipe import TrainingRecipe
@@ -159,6 +160,56 @@ def test_it_is_trained_kept_and_chosen_with(name: str, tmp_path: Path) -> None:
     with attached(base.model, prefix, other, rows=index):
         mixed = dict(choose_each(base, EXAMPLES, RankingTask(), TextFormat.from_dict(prefix.card.text_format)))
     assert all(mixed[n] == found[n] for n, i in enumerate(index) if i == 0)
+
+
+def test_prefixes_that_rank_in_different_ways_share_no_batch() -> None:
+    base = tiny_base("llama")
+    training = TrainingRecipe(max_steps=1, evaluations=1)
+    other_norm = training.model_copy(update={"ranking": RankingWeights(length_norm=0.5)})
+    given = {"task": "ranking", "num_virtual_tokens": 2}
+    first, second = (antefix.train(base, EXAMPLES, training=t, **given) for t in (training, other_norm))
+    third = antefix.train(base, EXAMPLES, training=training, text_format=TextFormat(separator=":"), **given)
+    index = [n % 2 for n in range(len(EXAMPLES))]
+    for other in (second, third):
+        with attached(base.model, first, other, rows=index):
+            with pytest.raises(GenerationError, match="different text formats or length_norm are attached"):
+                antefix.label(base, EXAMPLES)
+            antefix.label(base, EXAMPLES, task=RankingTask(), text_format=TextFormat())
+
+
+def test_an_example_whose_right_choice_is_not_known_is_no_lesson() -> None:
+    base, unknown = tiny_base("llama"), replace(EXAMPLES[5], targets=(), where="animals.jsonl, line 6")
+    message = r"^animals.jsonl, line 6: ranking is learned from right choices, and this example names none"
+    for train, dev in (([*EXAMPLES, unknown], EXAMPLES), (EXAMPLES, [*EXAMPLES, unknown])):
+        with pytest.raises(DataError, match=message):
+            antefix.train(base, train, task="ranking", dev=dev, num_virtual_tokens=2)
+
+
+def test_choices_are_scored_with_their_second_texts() -> None:
+    base = tiny_base("bart")
+    examples = [replace(e, condition="(S" if n % 2 else "(NP)") for n, e in enumerate(EXAMPLES)]
+    prefix = antefix.train(
+        base, examples, task="ranking", method="pip_direct", training=TrainingRecipe(max_steps=2, evaluations=1),
+        dev=examples, **METHOD_CONFIGS["pip_direct"],
+    )  # fmt: skip
+    with attached(base.model, prefix):
+        found = antefix.label(base, examples)
+        assert antefix.label(base, examples, batch_size=1) == found
+        with pytest.raises(DataError, match="this method reads a second text, and the example has none"):
+            antefix.label(base, EXAMPLES)
+
+
+def test_the_dev_loss_is_of_what_is_chosen_by() -> None:
+    base = tiny_base("llama")
+    encoded, module = encoded_for(base), tiny_method(base)
+    recipe = TrainingRecipe(ranking=RankingWeights(length_norm=0.0))
+    with attached(base.model, module) as attachment, torch.no_grad():
+        feed = feed_of(base.model, module, attachment, encoded, "padded", recipe)
+        units = all_units(encoded)[:5]
+        losses_N, pair, choices = token_losses(base, encoded, units, "padded")
+        scores = choice_scores(losses_N, pair, choices, 0.0)
+        wanted = torch.nn.functional.cross_entropy(scores, choices.right_E, reduction="none")
+        torch.testing.assert_close(feed.row_losses(feed.batch(units)).float(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_from_a_file_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,13 @@ def test_a_text_that_does_not_fit_is_told() -> None:
         label(base, ["a cat", "a cat " * 500])
 
 
+def test_a_row_without_a_prefix_has_no_label() -> None:
+    base = tiny_base("bert")
+    prefix = trained(base, "classification", ANIMALS)
+    with attached(base.model, prefix, rows=[0, -1]), pytest.raises(GenerationError, match="source 2 has no prefix"):
+        label(base, ["a cat", "a elk"])
+
+
 def test_conll_files_are_read(tmp_path: Path) -> None:
     file = tmp_path / "names.conll"
     file.write_text("Fern\tx\tB-person\nlives O\n\n\nKent B-place\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from antefix.attachment import Attachment, attachments
 from antefix.attention.branch import Condition
+from antefix.encoder_rows import BARE
 from antefix.errors import GenerationError
 from antefix.methods.base import MethodModule
 from antefix.prefix import Prefix
@@ -32,7 +33,7 @@ def attach(
     """Attach prefixes to a base's model until `.detach()` is called.
 
     A second attach takes over from the first until it is detached. Raises WrongBaseError for a prefix of
-    another base and PrefixError for one that does not fit.
+    another base, PrefixError for one that does not fit, and BaseModelError for a base that can carry none.
     """
     modules = [p.module(model) if isinstance(p, Prefix) else p for p in prefixes]
     attachment = Attachment(model, modules, prefixes)
@@ -65,7 +66,7 @@ def told(
 ) -> Iterator[None]:
     """For the length of a block what is attached to a model knows where the sources end, and their second texts.
 
-    None: nothing is said of it.
+    None: unknown inside the block, whatever was said before.
     """
     attachment = current_attachment(model)
     if attachment is None:
@@ -90,6 +91,14 @@ def rows_of_sources(model: nn.Module, num_sources: int) -> Tensor | None:
     if len(attachment.rows) != num_sources:
         raise GenerationError(f"{num_sources} sources, but attachment.rows has {len(attachment.rows)} entries")
     return attachment.rows
+
+
+def indices_of_sources(model: nn.Module, num_sources: int) -> list[int]:
+    """The index of the prefix that each of so many sources carries, -1 for none. Raises as `rows_of_sources` does."""
+    if current_attachment(model) is None:
+        return [BARE] * num_sources
+    rows = rows_of_sources(model, num_sources)
+    return [0] * num_sources if rows is None else rows.tolist()
 
 
 @contextmanager

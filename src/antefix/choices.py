@@ -1,4 +1,4 @@
-"""Which of its choices each example takes: what the base, with what is attached to it, makes most of.
+"""Which of its choices each example takes: the one that the base, with what is attached to it, finds likeliest.
 
 The score of a choice y of T tokens, its end token among them, is (sum_t log p(y_t | x, y_<t)) / T^length_norm: rank
 classification as T-Few has it (Liu et al. 2022, arXiv 2205.05638, section 3.1).
@@ -7,15 +7,17 @@ classification as T-Few has it (Liu et al. 2022, arXiv 2205.05638, section 3.1).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from antefix.attach import current_attachment, rows_of_batch, rows_of_sources
+from antefix.attach import current_attachment, indices_of_sources, rows_of_batch, rows_of_sources
 from antefix.attention.hook import routed
 from antefix.base import Base
 from antefix.batches.choices import choice_scores
 from antefix.batches.form import batch_form, batch_of
 from antefix.batches.head import label_losses
+from antefix.condition import read_condition
 from antefix.data.encode import Encoded, EncodedExample, Limits
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat
@@ -32,7 +34,9 @@ def choose_each(
     Raises DataError for examples without choices, and GenerationError for rows of another number.
     """
     rows = rows_of_sources(base.model, len(examples))
-    encoded = _encoded(base, examples, task, text_format, None if rows is None else rows.tolist())
+    encoded = _encoded(base, examples, task, text_format)
+    attachment = current_attachment(base.model)
+    condition_length = None if attachment is None else attachment.condition_length
     with rows_of_batch(base.model, rows, [0]):  # of one source: which form a base takes depends on no prefix
         form = batch_form(base.model, encoded, None)
     # Of rows that are padded every choice is one, and what is attached counts a batch's rows by source.
@@ -43,6 +47,9 @@ def choose_each(
         units = [Unit(n, tuple(range(len(examples[n].choices)))) for n in indices]
         with rows_of_batch(base.model, rows, indices), routed(base.model):
             batch = batch_of(form, encoded, units, base.model)
+            if condition_length is not None:
+                texts = [encoded.examples[n].condition for n in indices]
+                batch = replace(batch, condition=read_condition(base.model, texts, condition_length))
             losses_N = label_losses(base.model, batch)
         assert batch.choices is not None
         taken = choice_scores(losses_N, batch.pair, batch.choices, task.length_norm).argmax(dim=1)
@@ -50,18 +57,16 @@ def choose_each(
             yield n, examples[n].choices[place]
 
 
-def _encoded(
-    base: Base, examples: Sequence[Example], task: RankingTask, text_format: TextFormat, rows: list[int] | None
-) -> Encoded:
-    """All examples, each with the tokens that its prefix has fed behind the source."""
+def _encoded(base: Base, examples: Sequence[Example], task: RankingTask, text_format: TextFormat) -> Encoded:
+    """All examples, each with what its prefix asks for: tokens behind the source, a second text."""
     attachment = current_attachment(base.model)
-    shared = None if attachment is None else attachment.shared_index
-    index = [0 if shared is None else shared] * len(examples) if rows is None else rows
     for_encoder = bool(base.model.config.is_encoder_decoder)
     every: list[EncodedExample] = []
-    for example, n in zip(examples, index, strict=True):
-        inserted = 0 if attachment is None else attachment.module_of(n).num_inserted_tokens
-        limits = Limits(context=base.context_length, inserted=inserted)
-        tokenizer = base.tokenizer if attachment is None else base.tokenizer_with(attachment.module_of(n).symbols)
+    for example, n in zip(examples, indices_of_sources(base.model, len(examples)), strict=True):
+        limits, tokenizer = Limits(context=base.context_length), base.tokenizer
+        if attachment is not None:
+            module = attachment.module_of(n)
+            limits = replace(limits, inserted=module.num_inserted_tokens, condition=module.condition_length)
+            tokenizer = base.tokenizer_with(module.symbols)
         every += task.encode([example], text_format, tokenizer, limits, for_encoder=for_encoder).examples
     return Encoded(tuple(every), 0, 0, for_encoder, are_choices=True)

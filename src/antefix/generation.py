@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from antefix.attach import current_attachment, rows_of_batch, rows_of_sources, told
+from antefix.attach import current_attachment, indices_of_sources, rows_of_batch, rows_of_sources, told
 from antefix.attention.branch import Condition
 from antefix.base import Base
 from antefix.condition import read_condition
@@ -21,7 +21,6 @@ from antefix.data.encode import encode_condition
 from antefix.data.example import Example, Source, Table, Triples
 from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
-from antefix.encoder_rows import BARE
 from antefix.errors import BaseModelError, GenerationError
 from antefix.frame_decoding import OnlyFrames
 from antefix.prefix import Prefix
@@ -83,7 +82,8 @@ def generate_each(
         raise GenerationError("an assistant model does not know the new tokens of what is attached: leave it out")
     is_encoder_decoder = bool(base.model.config.is_encoder_decoder)
     rows = rows_of_sources(base.model, len(plain))
-    tokenizers = _tokenizers(base, len(plain), rows)
+    indices = indices_of_sources(base.model, len(plain))
+    tokenizers = _tokenizers(base, indices)
     encoded = [
         text_format.encode_source_cut(tokenizer, source, for_encoder=is_encoder_decoder)
         for tokenizer, source in zip(tokenizers, plain, strict=True)
@@ -91,7 +91,7 @@ def generate_each(
     ids = [row for row, _ in encoded]
     if num_cut := sum(cut for _, cut in encoded):
         on_cut(num_cut)
-    ids = _with_inserted(base, ids, rows)
+    ids = _with_inserted(base, ids, indices)
     _check_length(base, sources, ids, decoding, is_encoder_decoder)
     if decoding.seed is not None:
         torch.manual_seed(decoding.seed)
@@ -105,7 +105,7 @@ def generate_each(
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         with rows_of_batch(base.model, rows, batch):
-            condition = _condition(base, [sources[i] for i in batch], None if rows is None else rows[batch])
+            condition = _condition(base, [sources[i] for i in batch], [indices[i] for i in batch])
             only = _only_frames(base, [ids[i] for i in batch], [tokenizers[i] for i in batch], decoding, stop)
             new_ids = _generate_batch(base, [ids[i] for i in batch], condition, arguments | only)
         for index, row in zip(batch, new_ids, strict=True):
@@ -190,35 +190,27 @@ def _only_frames(
     return {"logits_processor": LogitsProcessorList([processor])}
 
 
-def _indices(base: Base, num_sources: int, rows: torch.Tensor | None) -> list[int]:
-    """Of the prefix that every source carries, below 0 for none."""
-    attachment = current_attachment(base.model)
-    shared = BARE if attachment is None else attachment.shared_index
-    return [0 if shared is None else shared] * num_sources if rows is None else rows.tolist()
-
-
-def _tokenizers(base: Base, num_sources: int, rows: torch.Tensor | None) -> list[PreTrainedTokenizerBase]:
+def _tokenizers(base: Base, indices: Sequence[int]) -> list[PreTrainedTokenizerBase]:
     """Every source's tokenizer, which knows the new tokens of its prefix."""
     attachment = current_attachment(base.model)
     if attachment is None or not attachment.has_new_tokens:
-        return [base.tokenizer] * num_sources
-    indices = _indices(base, num_sources, rows)
+        return [base.tokenizer] * len(indices)
     known = {n: base.tokenizer_with(attachment.module_of(n).symbols) for n in set(indices)}
     return [known[n] for n in indices]
 
 
-def _with_inserted(base: Base, ids: list[list[int]], rows: torch.Tensor | None) -> list[list[int]]:
+def _with_inserted(base: Base, ids: list[list[int]], indices: Sequence[int]) -> list[list[int]]:
     """Sources with the tokens that soft tokens stand in."""
     attachment = current_attachment(base.model)
     if attachment is None:
         return ids
-    pad, indices = base.tokenizer.pad_token_id, _indices(base, len(ids), rows)
+    pad = base.tokenizer.pad_token_id
     return [
         source + [pad] * attachment.module_of(n).num_inserted_tokens for source, n in zip(ids, indices, strict=True)
     ]
 
 
-def _condition(base: Base, sources: Sequence[Example | Source], rows: torch.Tensor | None) -> Condition | None:
+def _condition(base: Base, sources: Sequence[Example | Source], indices: Sequence[int]) -> Condition | None:
     """The second texts of these sources, empty for those whose prefix reads none; None where nothing attached does.
 
     Raises GenerationError for a source that needs one and cannot have it.
@@ -228,7 +220,7 @@ def _condition(base: Base, sources: Sequence[Example | Source], rows: torch.Tens
     if attachment is None or length is None:
         return None
     texts: list[tuple[int, ...]] = []
-    for source, index in zip(sources, _indices(base, len(sources), rows), strict=True):
+    for source, index in zip(sources, indices, strict=True):
         if attachment.module_of(index).condition_length is None:
             texts.append(())
         elif isinstance(source, Example):

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from antefix.attach import current_attachment, rows_of_batch, rows_of_sources, told
+from antefix.attach import current_attachment, indices_of_sources, rows_of_batch, rows_of_sources, told
 from antefix.attachment import Attachment
 from antefix.base import Base
 from antefix.batches.batch import right_padded
 from antefix.choices import choose_each
 from antefix.data.example import Example, Source
 from antefix.data.linearise import TextFormat
+from antefix.encoder_rows import BARE
 from antefix.errors import GenerationError
 from antefix.hidden_states import last_hidden_states
 from antefix.methods.base import MethodModule
@@ -36,8 +37,9 @@ def label(
     """A label for every source (`classification`), its words' tags, separated by spaces (`tagging`), or the choice
     taken (`ranking`, for examples with choices).
 
-    task, text_format: None takes them from the cards of what is attached. Rows may carry different prefixes. Raises
-    GenerationError where something is attached that labels nothing, and for an empty list of sources.
+    task, text_format: None takes them from the cards of what is attached. Rows may carry different prefixes; those that
+    rank need one text format and one length_norm. Raises GenerationError where something is attached that labels
+    nothing, for a row without a prefix, and for an empty list of sources.
     """
     found = [""] * len(sources)
     for index, text in label_each(base, sources, task=task, text_format=text_format, batch_size=batch_size):
@@ -63,6 +65,10 @@ def label_each(
         if len(with_choices) < len(sources):
             raise GenerationError("what is attached ranks choices: give examples that have some")
         formats = _formats_of(base, text_format)
+        if any(t != ranking[0] for t in ranking) or any(f != formats[0] for f in formats):
+            raise GenerationError(
+                "prefixes that rank with different text formats or length_norm are attached: attach one at a time"
+            )
         yield from choose_each(base, with_choices, ranking[0], formats[0], batch_size)
         return
     for n, labels, scores in scores_each(base, sources, task=task, text_format=text_format, batch_size=batch_size):
@@ -86,7 +92,9 @@ def scores_each(
     formats, attachment = _formats_of(base, text_format), _attachment(base)
     plain = [s.source if isinstance(s, Example) else s for s in sources]
     rows = rows_of_sources(base.model, len(plain))
-    index = [0] * len(plain) if rows is None else rows.tolist()
+    index = indices_of_sources(base.model, len(plain))
+    if BARE in index:
+        raise GenerationError(f"source {index.index(BARE) + 1} has no prefix that labels it: leave it out")
     for_encoder = not find_sites(base.model).is_causal
     encoders = {
         n: labelling[n].encoder(

@@ -1,4 +1,4 @@
-"""The task of choosing: of an example's own choices the one that the base makes most of."""
+"""The task of choosing: of an example's own choices the one that the base finds likeliest."""
 
 from __future__ import annotations
 

@@ -40,6 +40,8 @@ class Feed:
     """The most tokens of a second text; None: none is read."""
     label_head: Head | None = None
     """What reads labels off hidden states; None: the base's own head writes texts."""
+    length_norm: float = 1.0
+    """A choice's log-likelihood is divided by its length to this power in the dev loss, as it is in choosing."""
     kept: KeptSources | None = None
     """The sources, where they are read once and not fed."""
 
@@ -62,7 +64,7 @@ class Feed:
         """What each pair, or each example with choices, adds to the dev loss, before it is divided by `dev_count`."""
         if batch.choices is None:
             return self.losses(batch)
-        scores_EK = choice_scores(label_losses(self.model, batch), batch.pair, batch.choices, 1.0)
+        scores_EK = choice_scores(label_losses(self.model, batch), batch.pair, batch.choices, self.length_norm)
         return torch.nn.functional.cross_entropy(scores_EK.double(), batch.choices.right_E, reduction="none")
 
     @property
@@ -96,7 +98,9 @@ def feed_of(
     recipe: TrainingRecipe,
 ) -> Feed:  # fmt: skip
     """A data set as a recipe has it fed. Raises TrainingError where its sources cannot be kept."""
-    feed = Feed(model, data, form, recipe.tokens_per_batch, attachment.condition_length, module.head)
+    feed = Feed(
+        model, data, form, recipe.tokens_per_batch, attachment.condition_length, module.head, recipe.ranking.length_norm
+    )
     if not recipe.keep_source_states:
         return feed
     if not module.leaves_sources:

@@ -11,7 +11,7 @@ import torch
 
 from antefix.base import Base, load_base
 from antefix.data import read, sample_pairs, split_examples
-from antefix.data.encode import Encoded, Limits, encode
+from antefix.data.encode import Encoded, Limits, encode, where_of
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
@@ -26,7 +26,7 @@ from antefix.prefix import Prefix
 from antefix.processes import device
 from antefix.settings import validated
 from antefix.sites import find_sites
-from antefix.tasks import LabelTask, Task, TaskName, task_of
+from antefix.tasks import LabelTask, RankingTask, Task, TaskName, task_of
 from antefix.tasks.triples import with_negatives
 from antefix.training.black_box import planned_generations
 from antefix.training.recipe import Recipe, TrainingRecipe, checked_config
@@ -144,6 +144,8 @@ def prepare(
     if task == "triples":
         train_examples, dev_examples, num_draws = _with_negatives(train_examples, dev_examples, training)
     made = task_of(task, train_examples, training.ranking.length_norm)
+    if isinstance(made, RankingTask):
+        _check_right_choices([*train_examples, *dev_examples])
     if words:
         if not isinstance(made, LabelTask):
             raise DataError(f"words for labels are for classification, not for {task}")
@@ -193,6 +195,14 @@ def prepare(
         data_name=data_name,
         task=made,
     )
+
+
+def _check_right_choices(examples: Sequence[Example]) -> None:
+    if unknown := next((e for e in examples if e.choices and not e.targets), None):
+        raise DataError(
+            f"{where_of(unknown)}: ranking is learned from right choices, and this example names none: name their "
+            "column with data.reader.target_column"
+        )
 
 
 def _with_negatives(
