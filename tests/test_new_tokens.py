@@ -9,7 +9,7 @@ from conftest import tiny_base, tiny_method
 import antefix
 from antefix.attach import attached
 from antefix.errors import GenerationError, PrefixError
-from antefix.generation import generate_each
+from antefix.generation import generate_each, terminal_streamer
 from antefix.methods import method_class
 
 WORDS = 263
@@ -68,6 +68,17 @@ def test_symbols_are_found_in_the_targets_trained_and_written() -> None:
         mixed = antefix.generate(base, FRAMES[:4])
     assert (mixed[0], mixed[3]) == (written[0], written[3])
     assert "[IN:GO" not in mixed[1] + mixed[2]
+
+
+def test_a_terminal_shows_symbols(capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_base("llama")
+    with attached(base.model, tiny_method(base, "special_tokens")):
+        streamer = terminal_streamer(base)
+    streamer.put(torch.tensor([[5, 6]]))
+    for token in (WORDS, *base.tokenizer(" go ")["input_ids"], WORDS + 2):
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert capsys.readouterr().out == "[IN:GO go ]\n"
 
 
 def test_a_first_embedding_is_the_mean_of_its_words() -> None:

@@ -113,8 +113,9 @@ def generate_each(
 
 
 def terminal_streamer(base: Base) -> BaseStreamer:
-    """Prints a text word by word while it is written."""
-    return TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    """Prints a text word by word while it is written, with what is attached by then."""
+    (tokenizer,) = _tokenizers(base, indices_of_sources(base.model, 1))
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def require_generator(base: Base) -> None:
