@@ -8,7 +8,7 @@ from conftest import tiny_base, tiny_method
 
 import antefix
 from antefix.attach import attached
-from antefix.errors import GenerationError, PrefixError
+from antefix.errors import GenerationError, PrefixError, RecipeError
 from antefix.generation import generate_each, terminal_streamer
 from antefix.methods import method_class
 
@@ -70,6 +70,14 @@ def test_symbols_are_found_in_the_targets_trained_and_written() -> None:
     assert "[IN:GO" not in mixed[1] + mixed[2]
 
 
+def test_a_pattern_may_have_groups() -> None:
+    config = method_class("special_tokens").Config.model_validate({"pattern": r"\[(IN|SL):[A-Z_]+|\]"})
+    assert config.completed([FRAMES[0].targets[0]]).tokens == ("[IN:GO", "[SL:TO", "]")
+    empty = method_class("special_tokens").Config.model_validate({"pattern": "x*"})
+    with pytest.raises(PrefixError, match="finds no symbol"):
+        empty.completed(["abc"])
+
+
 def test_a_terminal_shows_symbols(capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny_base("llama")
     with attached(base.model, tiny_method(base, "special_tokens")):
@@ -95,6 +103,10 @@ def test_what_cannot_be_is_told() -> None:
     texts = [antefix.Example(source="a", targets=("b",))] * 2
     with pytest.raises(PrefixError, match="finds no symbol in the training targets"):
         antefix.train(base, texts, method="special_tokens")
+    with pytest.raises(
+        RecipeError, match=r"'config.pattern' is .*: no regular expression \(unterminated character set"
+    ):
+        antefix.train(base, FRAMES, method="special_tokens", pattern="[A")
     with pytest.raises(PrefixError, match="new tokens need a causal base"):
         antefix.train(tiny_base("bart"), texts, method="special_tokens", tokens=["x"])
     with pytest.raises(PrefixError, match="name the new tokens, each once"):

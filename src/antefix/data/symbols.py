@@ -23,7 +23,7 @@ class WithSymbols:
         return getattr(self._tokenizer, name)
 
     def __call__(self, text: str, *more: Any, **options: Any) -> Any:
-        """Token ids of a text; between symbols as the base's tokenizer has them, which does all else that it can."""
+        """Token ids of one text. Where it holds symbols, more arguments are ignored and no special tokens are added."""
         pieces = self._split.split(text)
         if len(pieces) == 1:
             return self._tokenizer(text, *more, **options)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from antefix.base import Base
@@ -39,11 +39,20 @@ class SpecialTokensConfig(MethodConfig):
     initial_noise: float = Field(0.1, ge=0)
     """Standard deviation of the noise at the start, as a multiple of the embeddings'."""
 
+    @field_validator("pattern")
+    @classmethod
+    def _is_a_regular_expression(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"no regular expression ({error})") from error
+        return pattern
+
     def completed(self, targets: Sequence[str]) -> Self:
         """With the symbols that training targets hold. Raises PrefixError where there are none."""
         if self.tokens:
             return self
-        found = sorted({symbol for text in targets for symbol in re.findall(self.pattern, text)})
+        found = sorted({m[0] for text in targets for m in re.finditer(self.pattern, text) if m[0]})
         if not found:
             raise PrefixError(
                 f"config.pattern = '{self.pattern}' finds no symbol in the training targets: name config.tokens"
