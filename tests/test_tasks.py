@@ -180,6 +180,36 @@ def test_what_is_wrong_is_said() -> None:
         label(base, ANIMALS)
 
 
+def test_words_that_are_tagged_stand_alone() -> None:
+    base, task = tiny_base("bert"), LabelTask.of("tagging", TAGGED)
+    limits = Limits(context=2)
+    with pytest.raises(DataError, match=r"5 tokens do not fit into the base's context of 2; split the text$"):
+        task.encode([TAGGED[0]], TextFormat(linearise="words"), base.tokenizer, limits, for_encoder=True)
+    for given in ({"instruction": "Tag: "}, {"before_source": " "}, {"max_source_tokens": 2}, {"chat": True}):
+        text_format = TextFormat.from_dict({"linearise": "words", **given})
+        message = f"tagging reads words as they stand, '{next(iter(given))}' would do nothing: leave it out"
+        with pytest.raises(DataError, match=message):
+            task.encode(TAGGED, text_format, base.tokenizer, Limits(context=None), for_encoder=True)
+
+
+def test_new_tokens_tag_no_words() -> None:
+    with pytest.raises(TrainingError, match=r"p_tuning_v2\+special_tokens has new tokens, and tagging reads words"):
+        antefix.train(
+            tiny_base("llama"), TAGGED, task="tagging", method="p_tuning_v2+special_tokens",
+            special_tokens={"tokens": ["ab"]},
+        )  # fmt: skip
+
+
+def test_scales_start_from_a_prefix_that_labels(tmp_path: Path) -> None:
+    base, training = tiny_base("bert"), TrainingRecipe(max_steps=1, evaluations=1)
+    first = antefix.train(base, ANIMALS, task="classification", training=training, method="ia3")
+    first.save(tmp_path / "first")
+    again = antefix.train(
+        base, ANIMALS, task="classification", training=training, method="ia3", initial_prefix=str(tmp_path / "first")
+    )
+    assert again.tensors.keys() == first.tensors.keys()
+
+
 def test_a_broken_head_is_refused(tmp_path: Path) -> None:
     base = tiny_base("bert")
     prefix = trained(base, "classification", ANIMALS)

@@ -65,7 +65,7 @@ class Card(BaseModel):
     task: Annotated[Task, Field(discriminator="name")] | None = None
     """What it labels, with the labels' names, or that it ranks; None: it writes texts."""
     text_format: dict[str, Any] = Field(default_factory=dict)
-    """How a source becomes text: linearisation, separator, end token (see `antefix.data.TextFormat`)."""
+    """How a source becomes text: linearisation, separator, end token (see `antefix.data.linearise.TextFormat`)."""
     decoding: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `generate` that are used unless told otherwise."""
     training: dict[str, Any] = Field(default_factory=dict)
@@ -117,8 +117,8 @@ class Prefix:
             )
         found = method_class(self.card.method)
         config = found.Config.model_validate(self.card.config)
-        head = {name: t for name, t in self.tensors.items() if name in LabelHead.NAMES}
-        module = found.restore(find_sites(model), config, {n: t for n, t in self.tensors.items() if n not in head})
+        head, tensors = LabelHead.apart(self.tensors)
+        module = found.restore(find_sites(model), config, tensors)
         if isinstance(self.card.task, LabelTask):
             words = self.card.task.word_ids
             labels = len(self.card.task.labels)

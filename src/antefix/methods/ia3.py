@@ -4,7 +4,8 @@
 
 with learned vectors over all heads' width, the same at every position. They start at one: the base exactly. Keys and
 values are scaled where they are projected, before rotary positions and with their bias; l_ff where W_2 takes its input,
-which is the output of the gate where there is one (facts of T5 v1.1: W_1 scaled is the same there).
+which is the output of the gate where there is one (in gated layers such as T5 v1.1's, scaling W_1's output comes to the
+same).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from antefix.base import Base
 from antefix.errors import PrefixError
 from antefix.methods.at_linear import AtLinear
 from antefix.methods.base import MethodConfig
+from antefix.parts.label_head import LabelHead
 from antefix.parts.linear import LinearPart
 from antefix.parts.site_tensors import Shapes
 from antefix.sites import KINDS, Kind, LinearSite, Sites, find_sites
@@ -72,7 +74,7 @@ class IA3(AtLinear[LinearSite]):
         module = super().build(base, config)
         if config.initial_prefix is None:
             return module
-        tensors = read_tensors(Path(config.initial_prefix) / TENSORS_FILE)
+        _, tensors = LabelHead.apart(read_tensors(Path(config.initial_prefix) / TENSORS_FILE))
         return cls.restore(find_sites(base.model), config, tensors).requires_grad_(True).train()
 
     @classmethod

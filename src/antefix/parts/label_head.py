@@ -36,6 +36,12 @@ class LabelHead(nn.Module):
         return {name: as_kept(tensor) for name, tensor in zip(self.NAMES, tensors, strict=True)}
 
     @classmethod
+    def apart(cls, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tensors of a head among those of a kept prefix, and all others."""
+        head = {name: t for name, t in tensors.items() if name in cls.NAMES}
+        return head, {name: t for name, t in tensors.items() if name not in head}
+
+    @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], num_labels: int) -> Self:
         """A kept head. Raises PrefixError for tensors that are missing or do not fit the labels."""
         weight, bias = (tensors.get(name) for name in cls.NAMES)

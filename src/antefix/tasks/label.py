@@ -88,8 +88,11 @@ class LabelTask(BaseModel):
 
         A whole text's label is read off an encoder's first token and a decoder's last one; a word's off its first token
         in an encoder, its last one in a decoder. Raises DataError naming the row for a label that the task does not
-        know, for tags that are not one a word, and for a text that does not fit.
+        know, for tags that are not one a word, and for a text that does not fit; and for a text format of which tagging
+        would do nothing.
         """
+        if self.name == "tagging":
+            _check_words_alone(text_format)
         encoded, num_cut = [], 0
         encode = self.encoder(text_format, tokenizer, for_encoder=for_encoder)
         for example in examples:
@@ -99,9 +102,10 @@ class LabelTask(BaseModel):
                 raise DataError(f"{where_of(example)}: {error}") from error
             num_cut += cut
             if limits.context is not None and len(ids) > limits.context:
+                todo = "shorten it, or set data.max_source_tokens to have texts cut"
                 raise DataError(
                     f"{where_of(example)}: {len(ids)} tokens do not fit into the base's context of {limits.context}; "
-                    "shorten it, or set data.max_source_tokens to have texts cut"
+                    f"{'split the text' if self.name == 'tagging' else todo}"
                 )
             targets = tuple(self._numbers(target, where_of(example)) for target in example.targets)
             for target in targets:
@@ -140,6 +144,12 @@ class LabelTask(BaseModel):
         if unknown := next((label for label in labels if label not in number_of), None):
             raise DataError(f"{where}: the label '{unknown}' is not in the training data ({', '.join(self.labels)})")
         return tuple(number_of[label] for label in labels)
+
+
+def _check_words_alone(text_format: TextFormat) -> None:
+    for name in ("instruction", "before_source", "chat", "max_source_tokens"):
+        if getattr(text_format, name) != TextFormat.model_fields[name].default:
+            raise DataError(f"tagging reads words as they stand, '{name}' would do nothing: leave it out")
 
 
 def _encode_words(

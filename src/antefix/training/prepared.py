@@ -232,6 +232,8 @@ def built(base: Base, method: str, config: MethodConfig, task: Task | None) -> M
             raise TrainingError(
                 f"{method} stands before what is written, and {task.name} writes nothing: take prefix_tuning"
             )
+        if module.symbols and task.name == "tagging":
+            raise TrainingError(f"{method} has new tokens, and tagging reads words as they stand: take another method")
         if module.is_searched and not task.word_ids:
             raise TrainingError(f"{method} learns no head, without gradients: give a word for every label (`words`)")
         module.head = _head_of(base, task)
