@@ -269,3 +269,11 @@ def test_clean_takes_what_a_killed_write_leaves(bank: Bank) -> None:
     assert "new" not in bank
     assert run_json("clean", "--minutes", "0", "--bank", str(bank.folder)) == {"deleted": [scratch.name]}
     assert len(bank) == len(CARDS)
+
+
+def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(atomic, "_sync", written.append)
+    with atomic.new_folder(tmp_path / "new") as scratch:
+        (scratch / "file").write_bytes(b"x")
+    assert written == [scratch / "file", scratch, tmp_path]

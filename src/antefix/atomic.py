@@ -54,6 +54,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         yield scratch
         for file in scratch.iterdir():
             _sync(file)
+        _sync(scratch)
         if not os.path.lexists(path):
             os.rename(scratch, path)
         elif replace:
