@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from antefix.data import Chat, Message, Source, Table, Triples
-from antefix.data.linearise import LINEARISATIONS, PAPER, TextFormat, default_format, parse_source, parse_table
+from antefix.data.linearise import LINEARISATIONS, TextFormat, default_format, parse_source, parse_table
 from antefix.errors import DataError
 
 END = "<|endoftext|>"
@@ -41,6 +41,10 @@ def paper_tokenizer() -> PreTrainedTokenizerFast:
 
 def written(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+PAPER = TextFormat(before_source=" ", separator=" <|endoftext|>", before_target=" ", after_target=" ")
+"""GPT-2 in the paper's code: `' {source} {bos}'` and `' {target} {eos}'`, with its bos = eos; add a linearisation."""
 
 
 class TestThePapersThree:
@@ -266,6 +270,8 @@ class TestKept:
             TextFormat.from_dict({"seperator": "x"})
         with pytest.raises(DataError, match=r"unknown linearisation 'webnlp': did you mean 'webnlg'\?"):
             TextFormat.from_dict({"linearise": "webnlp"})
+        with pytest.raises(DataError, match=r"unknown linearisation 'tabel': did you mean 'table'\?"):
+            TextFormat(linearise="tabel")
         with pytest.raises(DataError, match="text format: 'separator': Input should be a valid string"):
             TextFormat.from_dict({"separator": 3})
         with pytest.raises(DataError, match="text format: 'max_source_tokens': Input should be greater than or equal"):

@@ -298,6 +298,8 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "no turns": ("a.jsonl", '{"messages": []}', "a.jsonl, line 1: 'messages' is an empty list"),
     "an unknown role": (
         "a.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}', "a.jsonl, line 1: a turn needs 'role', one of s"),
+    "a role that is a list": (
+        "a.jsonl", '{"messages": [{"role": ["user"], "content": "x"}]}', "a.jsonl, line 1: a turn needs 'role', one"),
     "a turn that is none": ("a.jsonl", '{"conversations": ["x"]}', "a.jsonl, line 1: a turn needs 'from', one of syst"),
     "a turn of parts": (
         "a.jsonl", '{"messages": [{"role": "user", "content": [1]}]}', "a.jsonl, line 1: 'content' must be a text, th"),

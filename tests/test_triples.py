@@ -350,6 +350,17 @@ class TestFiles:
         with pytest.raises(DataError, match=r"entity2text.txt, line 2: 'b' has the text of 'a'"):
             antefix.read(tmp_path / "graph" / "train.tsv")
 
+    def test_texts_may_come_from_windows_and_hold_any_sign(self, tmp_path: Path) -> None:
+        graph_files(tmp_path / "graph")
+        texts = tmp_path / "graph" / "entity2text.txt"
+        texts.write_text("\ufeff" + texts.read_text().replace("the cat", "the\u2028cat"), encoding="utf-8")
+        assert antefix.read(tmp_path / "graph" / "train.tsv")[0].source == Triples(
+            (("the\u2028cat", "eats", "the fish"),)
+        )
+        texts.write_bytes("cat_x\tthe c\xe4t\n".encode("latin-1"))
+        with pytest.raises(DataError, match=r"entity2text.txt, line 1: not UTF-8 \(byte 0xe4\)"):
+            antefix.read(tmp_path / "graph" / "train.tsv")
+
     def test_json_lines_say_the_same(self, tmp_path: Path) -> None:
         file = tmp_path / "graph.jsonl"
         rows = [{"triples": ["cat | eats | fish"]}, {"triples": [["dog", "eats", "bone"]]}]

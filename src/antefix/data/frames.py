@@ -65,7 +65,7 @@ def begins_frame(text: str, labels: Sequence[str] = ()) -> bool:
 
 
 def num_open(text: str) -> int | None:
-    """How many brackets of a text that begins a frame are open; None for a frame that is complete.
+    """How many brackets of a text that begins a frame are open, 0 for a text that begins none; None for a complete one.
 
     An opening that is cut off before its label counts.
     """

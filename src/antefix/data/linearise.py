@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from antefix.data.example import Chat, Message, Source, Table, Triples, Words
 from antefix.errors import DataError, nearest
@@ -78,6 +78,13 @@ class TextFormat(BaseModel):
         """For a card: everything, so that a later default cannot change what a kept prefix was trained with."""
         return self.model_dump()
 
+    @field_validator("linearise")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in LINEARISATIONS:
+            raise DataError(f"unknown linearisation '{name}': {nearest(name, LINEARISATIONS)}")
+        return name
+
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TextFormat:
         """From a card or a recipe. Raises DataError for an unknown key or name, with the nearest known one."""
@@ -85,13 +92,10 @@ class TextFormat(BaseModel):
             if key not in cls.model_fields:
                 raise DataError(f"text format: unknown key '{key}': {nearest(key, cls.model_fields)}")
         try:
-            made = cls.model_validate(content)
+            return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             raise DataError(f"text format: '{first['loc'][0]}': {first['msg']}") from error
-        if made.linearise not in LINEARISATIONS:
-            raise DataError(f"unknown linearisation '{made.linearise}': {nearest(made.linearise, LINEARISATIONS)}")
-        return made
 
     def source_text(self, source: Source) -> str:
         """The source as text, without separator. Raises DataError if this format cannot write it."""
@@ -181,10 +185,6 @@ class TextFormat(BaseModel):
                 f"{_KINDS[type(source)]}: set data.text.linearise"
             )
         return linearisation.write(source)
-
-
-PAPER = TextFormat(before_source=" ", separator=" <|endoftext|>", before_target=" ", after_target=" ")
-"""GPT-2 in the paper's code: `' {source} {bos}'` and `' {target} {eos}'`, with its bos = eos; add a linearisation."""
 
 
 def default_format(sources: Sequence[Source]) -> TextFormat:

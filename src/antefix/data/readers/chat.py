@@ -48,10 +48,11 @@ def _conversation(row: Row, where: str) -> Example:
     role_key, text_key = _TURNS[key]
     messages = []
     for turn in list_of(row, key, where):
-        if not isinstance(turn, dict) or turn.get(role_key) not in _ROLES:
+        role = turn.get(role_key) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or role not in _ROLES:
             raise DataError(f"{where}: a turn needs '{role_key}', one of {', '.join(_ROLES)}; this is {str(turn)[:60]}")
-        role = cast(Literal["system", "user", "assistant"], _ROLES[turn[role_key]])
-        messages.append(Message(role, text_of(turn, text_key, where)))
+        known = cast(Literal["system", "user", "assistant"], _ROLES[role])
+        messages.append(Message(known, text_of(turn, text_key, where)))
     if messages[-1].role != "assistant":
         return Example(source=Chat(tuple(messages)), where=where)
     if len(messages) == 1:

@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from antefix.data.readers.rows import Lines
 from antefix.errors import DataError
 
 ENTITIES, RELATIONS = "entity2text.txt", "relation2text.txt"
@@ -23,10 +24,13 @@ def is_graph(path: Path) -> bool:
     return path.suffix == ".tsv" and (path.parent / ENTITIES).is_file()
 
 
-def graph_rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """`(line, row)`, as the reader `triples` takes them. Raises DataError naming file and line."""
+def graph_rows(path: Path, lines: Lines, text_lines: Callable[[Path], Lines]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`(line, row)`, as the reader `triples` takes them. text_lines: opens the files beside it.
+
+    Raises DataError naming file and line.
+    """
     names = (ENTITIES, RELATIONS, ENTITIES)
-    of_file = {name: _texts(path.parent / name) for name in dict.fromkeys(names)}
+    of_file = {name: _texts(path.parent / name, text_lines(path.parent / name)) for name in dict.fromkeys(names)}
     every = [of_file[name] for name in names]
     for line, text in lines:
         cells = text.rstrip("\r\n").split("\t")
@@ -43,13 +47,11 @@ def graph_rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[i
         yield line, {"triples": [triple], "label": label}
 
 
-def _texts(path: Path) -> dict[str, str]:
+def _texts(path: Path, lines: Lines) -> dict[str, str]:
     """Id -> text. Raises DataError for two ids of one text: they could not be told apart."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     texts: dict[str, str] = {}
     id_of: dict[str, str] = {}
-    for line, content in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for line, content in lines:
         name, tab, text = content.partition("\t")
         text = text.strip()
         if not tab or not text:

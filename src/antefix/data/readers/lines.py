@@ -19,15 +19,12 @@ from typing import IO, Any, cast
 
 from antefix.data.example import kind_of
 from antefix.data.readers.graph import graph_rows, is_graph
-from antefix.data.readers.rows import Rows
+from antefix.data.readers.rows import Lines, Rows
 from antefix.errors import DataError, nearest
 
 PART = "::"
 _SPLIT_WORDS = {"train": ("train",), "dev": ("dev", "valid", "val"), "test": ("test_w_refs", "testset_w_refs", "test")}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".conll")
-
-Lines = Iterator[tuple[int, str]]
-"""`(number, text)`, from line 1 on, with its line end."""
 
 
 def file_rows(source: str, split: str | None = None) -> Rows:
@@ -143,7 +140,7 @@ def _parser(name: str) -> Callable[[str, Lines], Iterator[tuple[int, dict[str, A
 
 
 def _graph_parser(path: Path) -> Callable[[str, Lines], Iterator[tuple[int, dict[str, Any]]]]:
-    return lambda name, lines: graph_rows(path, lines)
+    return lambda name, lines: graph_rows(path, lines, text_lines)
 
 
 def csv_rows(name: str, lines: Lines, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -7,8 +7,8 @@
     name,price,text
     Fern,4 €,Fern costs 4 €.
 
-The target is the first of `TARGET_COLUMNS` that the first row has, the source the first of `SOURCE_COLUMNS`;
-where there is no such source, all other columns form a table. Where a row has `choices`, the target is one of them, or
+The target is the first of `TARGET_COLUMNS` that the row has, the source the first of `SOURCE_COLUMNS`; where there
+is no such source, all other columns form a table. Where a row has `choices`, the target is one of them, or
 its number from 0.
 """
 

@@ -15,6 +15,8 @@ from antefix.errors import DataError, nearest
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
 """`(where, row)`, one after the other."""
+Lines = Iterator[tuple[int, str]]
+"""`(number, text)` of a file, from line 1 on, with its line end."""
 
 
 @dataclass(frozen=True, slots=True)
