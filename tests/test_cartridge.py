@@ -20,7 +20,7 @@ from antefix.batches.head import pair_losses
 from antefix.cli import app
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, all_units
-from antefix.errors import BaseModelError, PrefixError, RecipeError, TrainingError
+from antefix.errors import BaseModelError, DataError, PrefixError, RecipeError, TrainingError
 from antefix.methods.cartridge import Cartridge, CartridgeConfig
 from antefix.prefix import Prefix
 from antefix.self_study import Conversation, Study, chat_ids, converse, longest_chunk, top_tokens
@@ -160,12 +160,12 @@ def test_fewer_conversations_are_the_first_of_more(llama: Base, document: Path, 
 
 
 def test_what_is_wrong_is_said(llama: Base, document: Path, tmp_path: Path) -> None:
-    with pytest.raises(PrefixError, match="bear.txt has 89 tokens, num_virtual_tokens is 90: take fewer"):
+    with pytest.raises(PrefixError, match="bear.txt has 89 tokens, num_virtual_tokens is 90: take at most as many"):
         made(llama, document, 90)
-    with pytest.raises(PrefixError, match="none.txt: not a readable text file"):
+    with pytest.raises(DataError, match="none.txt: not a readable text file"):
         made(llama, tmp_path / "none.txt", 4)
     (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
-    with pytest.raises(PrefixError, match="the document is empty"):
+    with pytest.raises(DataError, match="the document is empty"):
         made(llama, tmp_path / "empty.txt", 4)
     with pytest.raises(PrefixError, match="needs its document"):
         Cartridge.build(llama, CartridgeConfig())

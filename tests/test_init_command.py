@@ -292,6 +292,9 @@ class TestRefusals:
             DataError, match=r"a.csv: no target among the columns name, preis: name it with target_column"
         ):
             init("a.csv")
+        Path("a.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding="utf-8")
+        with pytest.raises(DataError, match=r"a.jsonl: no target .* messages: rows of the format 'chat' need one"):
+            init("a.jsonl")
         Path("a.csv").write_text("name,preis\n", encoding="utf-8")
         with pytest.raises(DataError, match=r"a.csv: the file has no rows"):
             init("a.csv")

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from antefix.base import Base
-from antefix.errors import PrefixError
+from antefix.errors import DataError, PrefixError
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.initial import Positions
 
@@ -56,7 +56,7 @@ class Cartridge(PrefixTuning):
 
     @classmethod
     def build(cls, base: Base, config: Any) -> Self:
-        """A fresh cartridge. Raises PrefixError for a document that is not there or shorter than the slots."""
+        """A fresh cartridge. Raises DataError for an unreadable document, PrefixError for too short a one."""
         if config.initial == "prefix":
             return super().build(base, config)
         if config.document is None:
@@ -66,7 +66,7 @@ class Cartridge(PrefixTuning):
         if config.num_virtual_tokens is not None and config.num_virtual_tokens > num_tokens:
             raise PrefixError(
                 f"{config.document} has {num_tokens} tokens, num_virtual_tokens is {config.num_virtual_tokens}: take "
-                "fewer slots than tokens"
+                "at most as many"
             )
         module = super().build(base, config.model_copy(update={"initial_text": text}))
         module.config = config  # without the document's text, which a card is no place for
@@ -74,11 +74,11 @@ class Cartridge(PrefixTuning):
 
 
 def read_document(path: str) -> str:
-    """A document's text. Raises PrefixError for a file that is missing, empty or no UTF-8."""
+    """A document's text. Raises DataError for a file that is missing, empty or no UTF-8."""
     try:
         text = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise PrefixError(f"{path}: not a readable text file ({error})") from error
+        raise DataError(f"{path}: not a readable text file ({error})") from error
     if not text:
-        raise PrefixError(f"{path}: the document is empty")
+        raise DataError(f"{path}: the document is empty")
     return text

@@ -177,7 +177,8 @@ def prepare(
     train_set = replace(train_set, num_draws=num_draws)
     if train_set.num_pairs == 0:
         raise TrainingError(
-            f"{data_name or 'the training data'}: no example has a target; name it with data.reader.target_column"
+            f"{data_name or 'the training data'}: no example has a target; give rows one (of the format "
+            "'plain', name its column with data.reader.target_column)"
         )
     return Prepared(
         base=base,
