@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Sequence
 from itertools import product
 
@@ -391,3 +393,25 @@ def test_a_text_as_prefix_is_the_text_in_context(name: str, positions: str, padd
     for row, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):
         difference = found[row][mask[row].bool()] - in_context(base, prefix, text)
         assert float(difference.abs().max()) < 1e-4
+
+
+def test_a_pass_without_gradients_leaves_nothing() -> None:
+    """What it was given may hold a cache."""
+    base, mask = tiny_base("llama"), torch.ones(1, 3, dtype=torch.long)
+    with attached(base.model, tiny_method(base)), torch.no_grad():
+        given = weakref.ref(mask)
+        base.model(torch.tensor([[5, 6, 7]]), attention_mask=mask)
+        del mask
+        assert given() is None
+
+
+def test_a_step_leaves_no_graph() -> None:
+    base = tiny_base("llama")
+    read: list[weakref.ref[Tensor]] = []
+    for name, module in base.model.named_modules():
+        if name.endswith("gate_proj"):
+            module.register_forward_pre_hook(lambda module, args: read.append(weakref.ref(args[0])))
+    with attached(base.model, tiny_method(base, "adapter", form="parallel")):
+        base.model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+        gc.collect()
+        assert {states() for states in read} == {None}

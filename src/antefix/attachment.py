@@ -82,8 +82,10 @@ class Attachment:
         self._source_lengths: Tensor | None = None
         self._target_begins: Tensor | None = None
         self._is_target: Tensor | None = None
-        self._condition: Condition | None = None
+        self.condition: Condition | None = None
+        """The rows' second texts (see `antefix.condition`), repeated for beams as `rows` is; None: there are none."""
         self._given: tuple[Any, dict[str, Any]] = ((), {})
+        self._recomputes = False
         self._real: Tensor | None = None
         self._past = 0  # of the cache at the pass's beginning: layers make it longer
         self._places: dict[Kind, Places] = {}
@@ -172,27 +174,18 @@ class Attachment:
         self._source_lengths = lengths
 
     @property
-    def condition(self) -> Condition | None:
-        """The rows' second texts (see `antefix.condition`), repeated for beams as `rows` is; None: there are none."""
-        return self._condition
-
-    @condition.setter
-    def condition(self, condition: Condition | None) -> None:
-        self._condition = condition
-
-    @property
     def shared_index(self) -> int | None:
         """The index that all rows have; None: they differ."""
         return self._shared_index
 
     def condition_of(self, num_rows: int) -> Condition:
         """The second texts of a batch's rows. Raises PrefixError."""
-        if self._condition is None:
+        if self.condition is None:
             raise PrefixError("what is attached needs a second text for every row: set attachment.condition")
-        count = len(self._condition.states_BPC)
+        count = len(self.condition.states_BPC)
         if num_rows % count:
             raise PrefixError(f"the batch has {num_rows} rows, attachment.condition has {count}")
-        return self._condition.of_rows(num_rows)
+        return self.condition.of_rows(num_rows)
 
     def rows_of(self, num_rows: int) -> Tensor | int:
         """The index of every row of a batch, or one index if all rows share it."""
@@ -378,8 +371,9 @@ class Attachment:
         self._given, self._past = (args, kwargs), num_cached(kwargs)
         self._places.clear()
         tensors = [t for made in self._live or [] for t in made.tensors()]
-        left = [*tensors, self._is_target, *(self._condition or ())]
-        self.passes.enter(left, recomputes=self._model.is_activation_checkpointing)
+        left = [*tensors, self._is_target, *(self.condition or ())]
+        self._recomputes = self._model.is_activation_checkpointing
+        self.passes.enter(left, recomputes=self._recomputes)
 
     def _check_routed(self, module: nn.Module, args: Any) -> None:
         if not self._hooked.is_routed:
@@ -391,3 +385,5 @@ class Attachment:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._outermost is module and not is_bare():
             self._outermost = None
+            if not torch.is_grad_enabled() and not self._recomputes:  # else layers may be computed again
+                self._given = (), {}  # a cache may be in it

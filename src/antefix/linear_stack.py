@@ -98,15 +98,15 @@ class LinearStack:
 
     def _behind(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         acting, self._acting = self._acting, None
+        given, self._given = self._given, {}  # no state outlives the layer, and no graph
         if acting is None:
             return output
         if acting.output_scale is not None:
             output = self._scaled(output, acting.output_scale)
         added = [] if acting.bias is None else [acting.bias]
-        added += [net(self._in_rows(self._given[reads])) for reads, net in acting.networks if reads != "output"]
+        added += [net(self._in_rows(given[reads])) for reads, net in acting.networks if reads != "output"]
         output = self._with(output, added)
         behind = [net(self._in_rows(output)) for reads, net in acting.networks if reads == "output"]
-        self._given.pop("input")
         return self._with(output, behind)
 
     def _in_rows(self, x: Tensor) -> Tensor:
