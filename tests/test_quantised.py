@@ -12,9 +12,10 @@ from conftest import tiny_base, tiny_batch, tiny_method
 from torch import nn
 
 import antefix
+from antefix import base as base_module
 from antefix.attach import attached
 from antefix.base import Base, load_base
-from antefix.errors import BaseModelError
+from antefix.errors import BaseModelError, PrefixError
 
 
 def kept(name: str, folder: Path) -> str:
@@ -94,3 +95,11 @@ def test_without_torchao_the_extra_is_named(folder: str, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(BaseModelError, match=r"dtype 'int8' needs torchao: pip install 'antefix\[int8\]'"):
         load_base(folder, dtype="int8")
+
+
+@pytest.mark.parametrize("method", ["full", "top_layers"])
+def test_its_own_weights_are_not_trained(folder: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where `native`, which is all but these weights, is float32."""
+    monkeypatch.setattr(base_module, "native_precision", lambda device: "float32")
+    with pytest.raises(PrefixError, match="are trained, in float32, and it was loaded in int8: set dtype = 'float32'"):
+        tiny_method(load_base(folder, dtype="int8"), method)

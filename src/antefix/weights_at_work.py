@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from antefix.errors import PrefixError
+from antefix.parts.weights import not_in_float32
 
 
 class WeightsAtWork:
@@ -41,8 +41,5 @@ def _as_in(weight: nn.Parameter, own: nn.Parameter) -> nn.Parameter:
     if weight.dtype == own.dtype:
         return weight
     if weight.requires_grad:
-        raise PrefixError(
-            f"the base's own weights are trained in {str(weight.dtype)[6:]}, and it was loaded in "
-            f"{str(own.dtype)[6:]}: set dtype = 'float32'"
-        )
+        raise not_in_float32(str(own.dtype)[6:])
     return nn.Parameter(weight.to(own.dtype), requires_grad=False)

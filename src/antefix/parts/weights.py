@@ -10,6 +10,14 @@ from transformers import PreTrainedModel
 
 from antefix.errors import PrefixError
 from antefix.parts.site_tensors import as_kept
+from antefix.quantised import is_quantised
+
+
+def not_in_float32(loaded_in: str) -> PrefixError:
+    """What is told where a base's weights are to be trained and it was loaded in a lower precision."""
+    return PrefixError(
+        f"the base's own weights are trained, in float32, and it was loaded in {loaded_in}: set dtype = 'float32'"
+    )
 
 
 class Weights(nn.Module):
@@ -23,11 +31,8 @@ class Weights(nn.Module):
     @classmethod
     def of(cls, model: PreTrainedModel, names: Sequence[str]) -> Weights:
         """Raises PrefixError for a base that is not in float32: small steps would be rounded away."""
-        if model.dtype != torch.float32:
-            raise PrefixError(
-                f"the base's own weights are trained, in float32, and it was loaded in {str(model.dtype)[6:]}: set "
-                "dtype = 'float32'"
-            )
+        if model.dtype != torch.float32 or is_quantised(model):
+            raise not_in_float32("int8" if is_quantised(model) else str(model.dtype)[6:])
         every = dict(model.named_parameters())
         return cls({name: every[name] for name in names})
 
