@@ -280,3 +280,16 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         restored({"layers.1.self.value": kept["layers.1.self.value"][..., :9]})
     with pytest.raises(PrefixError, match=r"no site of kind cross: it has self"):
         tiny_method(base, sites=("cross",))
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "apt"])
+def test_the_network_runs_once_a_pass_and_never_to_learn_a_length(method: str) -> None:
+    base, ran = tiny_base("llama"), []
+    module = tiny_method(base, method, parametrisation="network", hidden_width=9)
+    (network,) = (m for m in module.modules() if isinstance(m, NetworkSlots))
+    network.register_forward_hook(lambda *_: ran.append(1))
+    assert module.num_virtual_tokens == 5
+    assert ran == []
+    module.train()
+    module.slots(), module.branches()
+    assert ran == [1]

@@ -68,6 +68,13 @@ def test_slots_of_two_stand_side_by_side() -> None:
     assert {pair.key_GPD.shape[1] for pair in module.slots().values()} == {10}
 
 
+def test_it_needs_what_each_of_them_needs() -> None:
+    assert method_class("special_tokens+pip_direct+pip_indirect").needs == (
+        *method_class("special_tokens").needs,
+        "a second text for every example",
+    )
+
+
 def test_each_has_its_own_learning_rate() -> None:
     base = tiny_base("llama")
     module, config = union(base, "prefix_tuning", "prefix_memory")

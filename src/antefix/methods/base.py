@@ -54,10 +54,8 @@ class MethodModule(nn.Module):
     """Where it comes from: an arXiv number."""
     parts: ClassVar[tuple[str, ...]]
     """The learned pieces that it is made of, for the same tables."""
-    reads_second_text: ClassVar[bool] = False
-    """Whether examples need a second text, at least while it is trained."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """What a recipe or its examples must give beside pairs, for the same tables."""
+    """What a recipe or its examples must give beside pairs, at least for training; for the same tables."""
     acts_on_rows: ClassVar[bool] = True
     """Whether rows of a batch can differ in it; not where it stands in the place of the base's weights."""
     is_searched: ClassVar[bool] = False

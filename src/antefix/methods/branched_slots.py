@@ -33,8 +33,12 @@ class BranchedSlots(PrefixTuning):
         """First values of a tensor of its own."""
         raise NotImplementedError
 
-    def branch(self, site: Site, slots: KeyValue, own: Mapping[str, Tensor]) -> SlotBranch | None:
-        """What these slots do at the site; None: what prefix-tuning's do."""
+    def is_branched(self, site: Site) -> bool:
+        """Whether slots at the site do what `branch` says; else they do what prefix-tuning's do."""
+        return True
+
+    def branch(self, site: Site, slots: KeyValue, own: Mapping[str, Tensor]) -> SlotBranch:
+        """What these slots do at a branched site."""
         raise NotImplementedError
 
     @classmethod
@@ -52,17 +56,22 @@ class BranchedSlots(PrefixTuning):
         return module._with_own(sites, own).requires_grad_(False).eval()
 
     def slots(self) -> dict[str, KeyValue]:
-        return {name: pair for name, pair in self.learned_slots().items() if self._branch(name, pair) is None}
+        return self._of_sites(branched=False)
 
     def branches(self) -> dict[str, Sequence[Branch]]:
-        found = {name: self._branch(name, pair) for name, pair in self.learned_slots().items()}
-        return {name: (branch,) for name, branch in found.items() if branch is not None}
+        return {
+            name: (self.branch(self._known_sites[name], pair, self._own.at(name)),)
+            for name, pair in self._of_sites(branched=True).items()
+        }
 
     def kept_tensors(self) -> dict[str, Tensor]:
         return super().kept_tensors() | self._own.kept()
 
-    def _branch(self, name: str, pair: KeyValue) -> SlotBranch | None:
-        return self.branch(self._known_sites[name], pair, self._own.at(name))
+    def _of_sites(self, *, branched: bool) -> dict[str, KeyValue]:
+        """The slots of branched sites, or of the others. A network runs, and draws, only where there are some."""
+        names = [n for n in self._slots.names if self.is_branched(self._known_sites[n]) == branched]
+        learned = self.learned_slots() if names else {}
+        return {name: learned[name] for name in names}
 
     def _own_shapes(self, sites: Sites) -> Shapes:
         counts = {name: pair.key_GPD.shape[1] for name, pair in self.learned_slots().items()}
@@ -75,5 +84,6 @@ class BranchedSlots(PrefixTuning):
 
     def _with_own(self, sites: Sites, own: Mapping[str, Tensor]) -> Self:
         self._known_sites = {site.name: site for site in sites.attention}
+        self._keys_only = self.keys_only(sites)
         self._own = SiteTensors(own)
         return self

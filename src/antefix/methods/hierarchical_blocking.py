@@ -14,7 +14,7 @@ the target, belongs to the target's first segment.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -81,6 +81,8 @@ class HierarchicalBlocking(BranchedSlots):
         depth = 1 + max(s.layer for s in self._known_sites.values() if s.kind == site.kind)
         return bool(self.config.blocks > 1 and site.layer < self.config.blocked_layers * depth)
 
-    def branch(self, site: Site, slots: KeyValue, own: Mapping[str, Tensor]) -> SlotBranch | None:
-        config: Any = self.config
-        return BlockedBranch(slots, config.blocks, config.target_tokens) if self.is_blocked(site) else None
+    def is_branched(self, site: Site) -> bool:
+        return self.is_blocked(site)
+
+    def branch(self, site: Site, slots: KeyValue, own: Mapping[str, Tensor]) -> SlotBranch:
+        return BlockedBranch(slots, self.config.blocks, self.config.target_tokens)

@@ -40,5 +40,5 @@ def _row(name: str) -> dict[str, Any]:
         "paper": found.paper,
         "parts": list(found.parts),
         "folds_to_key_value": found.folds_to_key_value,
-        "needs": [*(["a second text for every example"] if found.reads_second_text else []), *found.needs],
+        "needs": list(found.needs),
     }

@@ -32,6 +32,10 @@ class PipDirectConfig(PrefixTuningConfig):
     """The choices of PIP-Direct: those of prefix-tuning."""
 
 
+SECOND_TEXT = ("a second text for every example",)
+"""What the two of them need."""
+
+
 class ConditionBranch(SlotBranch):
     """Learned keys (G, P, D), and values from the rows' second texts."""
 
@@ -52,7 +56,7 @@ class PipDirect(BranchedSlots):
     summary = "a prefix whose values in the last encoder layer are a second text's states (PIP-Direct, 2023)"
     paper = "arXiv 2305.16701"
     parts = ("key/value slots", "values from a second text")
-    reads_second_text = True
+    needs = SECOND_TEXT
 
     @classmethod
     def build(cls, base: Base, config: Any) -> Self:
@@ -67,19 +71,15 @@ class PipDirect(BranchedSlots):
     def condition_length(self) -> int:
         return self.num_virtual_tokens
 
-    def branch(self, site: Site, slots: KeyValue, own: Mapping[str, Tensor]) -> SlotBranch | None:
-        is_last = site.name in self.keys_only_of(self._known_sites.values())
-        return ConditionBranch(*slots) if is_last else None
+    def is_branched(self, site: Site) -> bool:
+        return site.name in self._keys_only
 
-    @staticmethod
-    def keys_only_of(sites: Collection[Site]) -> Collection[str]:
-        """The same from the sites themselves."""
-        encoder = [site for site in sites if site.kind == "encoder_self"]
-        return (max(encoder, key=lambda site: site.layer).name,)
+    def branch(self, site: Site, slots: KeyValue, own: Mapping[str, Tensor]) -> SlotBranch:
+        return ConditionBranch(*slots)
 
     def kept_tensors(self) -> dict[str, Tensor]:
-        (name,) = self.keys_only_of(self._known_sites.values())
-        return {n: t for n, t in super().kept_tensors().items() if n != f"{name}.value"}
+        without = {f"{name}.value" for name in self._keys_only}
+        return {n: t for n, t in super().kept_tensors().items() if n not in without}
 
 
 def last_encoder_site(sites: Sites) -> Site:

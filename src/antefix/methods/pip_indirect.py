@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from antefix.attention.branch import Condition
 from antefix.base import Base
-from antefix.methods.pip_direct import last_encoder_site
+from antefix.methods.pip_direct import SECOND_TEXT, last_encoder_site
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.key_value import KeyValue
 from antefix.sites import Site, find_sites
@@ -44,7 +44,7 @@ class PipIndirect(PrefixTuning):
     summary = "a prefix trained to say a second text as well (PIP-Indirect, 2023)"
     paper = "arXiv 2305.16701"
     parts = ("key/value slots", "networks in training")
-    reads_second_text = True
+    needs = SECOND_TEXT
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

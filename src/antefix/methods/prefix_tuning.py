@@ -162,7 +162,7 @@ class PrefixTuning(MethodModule):
 
     @property
     def num_virtual_tokens(self) -> int:
-        return max((pair.key_GPD.shape[1] for pair in self.learned_slots().values()), default=0)
+        return self._slots.num_slots
 
     def slots(self) -> dict[str, KeyValue]:
         return self.learned_slots()

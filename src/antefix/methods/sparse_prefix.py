@@ -107,9 +107,9 @@ class SparsePrefix(HierarchicalBlocking):
     def initial_of(cls, part: str, shape: tuple[int, ...], config: Any) -> Tensor:
         return torch.zeros(shape)
 
-    def branch(self, site: Site, slots: KeyValue, own: Mapping[str, Tensor]) -> SlotBranch | None:
-        config: Any = self.config
-        blocks = config.blocks if self.is_blocked(site) else 1
-        if not config.soft and not config.leaves_out and blocks == 1:
-            return None
-        return SparseBranch(slots, config, blocks, own.get("theta"))
+    def is_branched(self, site: Site) -> bool:
+        return bool(self.config.soft or self.config.leaves_out or self.is_blocked(site))
+
+    def branch(self, site: Site, slots: KeyValue, own: Mapping[str, Tensor]) -> SlotBranch:
+        blocks = self.config.blocks if self.is_blocked(site) else 1
+        return SparseBranch(slots, self.config, blocks, own.get("theta"))

@@ -206,6 +206,6 @@ def union_of(members: tuple[str, ...]) -> type[Union]:
             "paper": ", ".join(dict.fromkeys(found.paper for found in classes.values())),
             "parts": tuple(dict.fromkeys(part for found in classes.values() for part in found.parts)),
             "acts_on_rows": all(found.acts_on_rows for found in classes.values()),
-            "reads_second_text": any(found.reads_second_text for found in classes.values()),
+            "needs": tuple(dict.fromkeys(need for found in classes.values() for need in found.needs)),
         },
     )

@@ -49,14 +49,20 @@ class DirectSlots(nn.Module):
         keys_only: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self._names = [site.name for site in sites]
-        tensors = [[initial[n][part] for n in self._names if part == 0 or n not in keys_only] for part in (0, 1)]
-        self._without_values = {n: torch.zeros_like(initial[n].value_GPE) for n in self._names if n in keys_only}
+        self.names = [site.name for site in sites]
+        """Of the sites that have slots."""
+        tensors = [[initial[n][part] for n in self.names if part == 0 or n not in keys_only] for part in (0, 1)]
+        self._without_values = {n: torch.zeros_like(initial[n].value_GPE) for n in self.names if n in keys_only}
         self.scales = [[_size(t) if relative else 1.0 for t in of_part] for of_part in tensors]
         self.keys, self.values = (
             nn.ParameterList(t / scale for t, scale in zip(of_part, scales, strict=True))
             for of_part, scales in zip(tensors, self.scales, strict=True)
         )
+
+    @property
+    def num_slots(self) -> int:
+        """Of the site that has most."""
+        return max((key.shape[1] for key in self.keys), default=0)
 
     def forward(self) -> dict[str, KeyValue]:
         keys, values = (
@@ -64,8 +70,8 @@ class DirectSlots(nn.Module):
             for parameters, scales in zip((self.keys, self.values), self.scales, strict=True)
         )
         rest = iter(values)
-        every = [self._without_values[n] if n in self._without_values else next(rest) for n in self._names]
-        return {n: KeyValue(k, v) for n, k, v in zip(self._names, keys, every, strict=True)}
+        every = [self._without_values[n] if n in self._without_values else next(rest) for n in self.names]
+        return {n: KeyValue(k, v) for n, k, v in zip(self.names, keys, every, strict=True)}
 
 
 def _size(tensor: Tensor) -> float:
@@ -88,7 +94,8 @@ class NetworkSlots(nn.Module):
     ) -> None:
         super().__init__()
         self._sites = list(sites)
-        self._P = num_virtual_tokens
+        self.names = [site.name for site in self._sites]
+        self.num_slots = num_virtual_tokens
         kinds: list[Kind] = list(dict.fromkeys(site.kind for site in self._sites))
         self.embeddings = nn.ModuleDict({k: nn.Embedding(num_virtual_tokens, embedding_width) for k in kinds})
         self.networks = nn.ModuleDict({k: _network(embedding_width, hidden_width, sum(self._widths(k))) for k in kinds})
@@ -125,7 +132,7 @@ class NetworkSlots(nn.Module):
         return [w * s.num_key_value_heads for s in sites for w in (s.key_width, s.value_width)]
 
     def _split_heads(self, flat: Tensor, site: Site) -> Tensor:
-        return flat.view(self._P, site.num_key_value_heads, -1).transpose(0, 1)
+        return flat.view(self.num_slots, site.num_key_value_heads, -1).transpose(0, 1)
 
 
 def _network(embedding_width: int, hidden_width: int | None, out_width: int) -> nn.Module:
