@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_base
 
 from antefix import embedded
-from antefix.base import load_base
+from antefix.base import load_base, load_tokenizer
 from antefix.errors import BaseModelError
 
 
@@ -63,3 +63,9 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         BaseModelError, match=r"cannot be written \(.*\); set ANTEFIX_HOME to a folder with 1 GB of room"
     ):
         embedded.fetch()
+
+
+def test_a_tokenizer_without_its_base_says_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(BaseModelError, match=r"cannot load the base '.*': .* \(give a folder, a .gguf file, a hub id"):
+        load_tokenizer(tmp_path)

@@ -39,6 +39,9 @@ Dtype = Literal["float32", "bfloat16", "float16", "int8", "native", "auto"]
 `int8`: those of linear layers, the output head excepted, a scale for every row; everything else, and all that is
 computed, `native`. `auto`: as the file has it."""
 
+_FOREIGN_ERRORS = (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError)
+"""What transformers raises where files are missing or broken."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -93,11 +96,8 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
         on_disk = Path(source["pretrained_model_name_or_path"]).is_dir()
         with embedded.without_bars() if on_disk else nullcontext():
             model = _auto_class(config).from_pretrained(**source, dtype=_computed_in(dtype, device))
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelError(
-            f"cannot load the base '{name}': {first_line} (give a folder, a .gguf file, a hub id or '{embedded.NAME}')"
-        ) from error
+    except _FOREIGN_ERRORS as error:
+        raise _cannot_load(name, error) from error
     tokenizer = _tokenizer(source, name)
     model.requires_grad_(False)
     if dtype == "int8":
@@ -116,9 +116,16 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Pr
     source = _source(str(name), revision)
     try:
         config = AutoConfig.from_pretrained(**source)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"cannot load the base '{name}': {one_line(error)}") from error
+    except _FOREIGN_ERRORS as error:
+        raise _cannot_load(str(name), error) from error
     return _tokenizer(source, str(name)), config
+
+
+def _cannot_load(name: str, error: Exception) -> BaseModelError:
+    why = one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
+    return BaseModelError(
+        f"cannot load the base '{name}': {why} (give a folder, a .gguf file, a hub id or '{embedded.NAME}')"
+    )
 
 
 def _source(name: str, revision: str | None) -> dict[str, Any]:
@@ -173,7 +180,7 @@ def _moved(model: Any, device: str) -> Any:
 def _tokenizer(source: dict[str, Any], name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _FOREIGN_ERRORS as error:
         raise BaseModelError(
             f"the base '{name}' has no tokenizer that can be loaded: put the files of its tokenizer beside its weights "
             "(tokenizer.save_pretrained)"

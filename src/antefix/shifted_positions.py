@@ -1,7 +1,7 @@
 """Where tokens stand beside slots that take positions.
 
-Tokens of a row with a shifted prefix stand P further on; padding on the left takes no positions. A rotary base alone
-may count padding, since nothing there has a place of its own; slots have.
+Tokens of a row with a shifted prefix stand P further on; padding on the left takes no positions. A rotary base without
+slots may count padding, since only distances matter to it; distances to slots would change with the padding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from antefix.at_work import AtWork
 from antefix.attention.hook import is_bare
+from antefix.base import context_length
 from antefix.encoder_rows import BARE
 from antefix.errors import PrefixError
 from antefix.forward_call import counted_positions, forest_in, padded_on_the_left, tokens_of
@@ -38,7 +39,7 @@ class ShiftedPositions:
             )
         self._is_needed = any(self._shifts) or sites.positions == "relative"
         # Learned positions end; an index beyond them is an error without a name, on a GPU a crash.
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = context_length(model.config)
         self._last_position = longest - 1 if longest and sites.positions == "absolute" else None
         self._handle: RemovableHandle | None = None
 
