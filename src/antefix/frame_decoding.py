@@ -32,7 +32,7 @@ class OnlyFrames(LogitsProcessor):
     ) -> None:  # fmt: skip
         """tokenizers: of every source. labels: those that may be written; empty: any."""
         self._tokenizers, self._prompt_length, self._stop = tokenizers, prompt_length, stop
-        self._last, self._num_kept, self._labels = prompt_length + max_new_tokens, 2 * num_beams, labels
+        self._max_new_tokens, self._num_kept, self._labels = max_new_tokens, 2 * num_beams, labels
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores of tokens that fit; -inf for all others."""
@@ -49,7 +49,7 @@ class OnlyFrames(LogitsProcessor):
         if depth is None or self._stop in ids:
             return [self._stop]
         closing: list[int] = tokenizer("]" if text.endswith(" ") else " ]", add_special_tokens=False)["input_ids"]
-        left = self._last - self._prompt_length - len(ids)
+        left = self._max_new_tokens - len(ids)
         # A label may be cut off, and a bracket of its own may take two tokens: in time is a little early.
         if depth and left <= 2 * depth + _SPARE and begins_frame(f"{text}]", self._labels):
             return closing[:1]

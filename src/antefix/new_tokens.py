@@ -94,8 +94,7 @@ class NewTokens:
             return logits
         every = self._every()
         states = args[0].to(torch.float32)
-        only = 0 if len(every) == 1 else None
-        index = only if states.ndim == 2 and only is not None else self._index(states.shape[0])
+        index = 0 if states.ndim == 2 and len(every) == 1 else self._index(states.shape[0])
         if isinstance(index, int):
             new = None if index == BARE else every[index]
             return logits if new is None else torch.cat([logits, (states @ new.T).to(logits.dtype)], dim=-1)

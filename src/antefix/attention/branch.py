@@ -2,8 +2,8 @@
 
 A branch is asked once a call and answers with an effect:
 
-- `Share`: it takes part in the softmax. Of the merged attention (facts of He et al. 2022, arXiv 2110.04366, and its
-  relatives in one form) it has the numerator e^shift num and the mass e^shift mass, beside those of tokens and slots.
+- `Share`: it takes part in the softmax. It adds e^shift num to the numerator of the softmax-weighted mean and
+  e^shift mass to its denominator (He et al. 2022, arXiv 2110.04366, equations 7-8).
 - `Addend`: it is added to the merged attention, before the output projection.
 - `Residual`: it is added to what the output projection gives.
 

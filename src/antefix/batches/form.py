@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -92,10 +92,8 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device)
-        if isinstance(value, Choices):
-            return Choices(*map(move, value))
+        if isinstance(value, tuple):  # named ones, of tensors
+            return type(value)(*map(move, value))
         return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    fields = ("inputs", "positions", "row", "label", "pair", "choices", "encoder", "source_of_row", "source_lengths",
-              "weight")  # fmt: skip
-    return replace(batch, **{name: move(getattr(batch, name)) for name in fields})
+    return replace(batch, **{field.name: move(getattr(batch, field.name)) for field in fields(batch)})

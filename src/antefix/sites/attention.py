@@ -83,7 +83,7 @@ def _width_after(projection: nn.Module) -> int:
 def _watching_projections(
     model: nn.Module, calls: list[RecordedCall], projections: dict[nn.Module, nn.Module]
 ) -> Iterator[None]:
-    """Who is given the memory that attention's output lies in multiplies it."""
+    """The linear layer whose input shares storage with attention's output is the output projection."""
 
     def look(module: nn.Module, args: Any) -> None:
         if not calls or not args or not isinstance(args[0], Tensor) or calls[-1].module in projections:

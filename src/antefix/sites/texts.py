@@ -67,21 +67,10 @@ def first_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """What rows before a text stand beside, (1, T, C): the embeddings of a causal base, the input of an encoder's first
     layer."""
     encoder = find_sites(model).of_kinds(("encoder_self",))
-    if not encoder:
-        embedded: Tensor = model.get_input_embeddings()(input_ids)
-        return embedded
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-
-    handle = model.get_submodule(encoder[0].layer_module).register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with bare():
-            recorded(model, input_ids, input_ids, None)
-    finally:
-        handle.remove()
-    return found[0]
+    if encoder:
+        return layer_inputs(model, input_ids)[encoder[0].name][None]
+    embedded: Tensor = model.get_input_embeddings()(input_ids)
+    return embedded
 
 
 @torch.no_grad()
