@@ -17,7 +17,7 @@ from antefix.accounting import flop_a_token
 from antefix.attach import attached
 from antefix.base import Base
 from antefix.cli import app
-from antefix.errors import PrefixError
+from antefix.errors import CommandError, PrefixError
 from antefix.merge import merged
 from antefix.methods import method_class
 from antefix.parts.linear import LinearPart, Network, together
@@ -172,7 +172,7 @@ def test_a_merged_model_is_an_ordinary_folder(tmp_path: Path) -> None:
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()(**batch).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     again = CliRunner().invoke(app, words)
-    assert isinstance(again.exception, PrefixError)
+    assert isinstance(again.exception, CommandError)
     assert "exists: give another --out" in str(again.exception)
 
 
