@@ -101,7 +101,7 @@ def test_it_is_not_for_every_base_and_task() -> None:
     labelled = [antefix.Example(source=f"text {n}", targets=(str(n % 2),)) for n in range(8)]
     with pytest.raises(TrainingError, match="classification writes nothing: take prefix_tuning"):
         antefix.train(tiny_base("llama"), labelled, method="soft_infix", task="classification")
-    with pytest.raises(PrefixError, match="several of these stand behind the source; take one") as _:
+    with pytest.raises(PrefixError, match="several of these stand after the source; take one") as _:
         tiny_union(tiny_base("llama"))
 
 

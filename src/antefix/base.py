@@ -53,7 +53,7 @@ class Base:
     revision: str | None = None
 
     def tokenizer_with(self, symbols: Sequence[str]) -> PreTrainedTokenizerBase:
-        """The tokenizer, with these symbols as one token each behind the base's own (see `special_tokens`)."""
+        """The tokenizer, with these symbols as one token each after the base's own (see `special_tokens`)."""
         if not symbols:
             return self.tokenizer
         first_id = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]

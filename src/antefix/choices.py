@@ -58,7 +58,7 @@ def choose_each(
 
 
 def _encoded(base: Base, examples: Sequence[Example], task: RankingTask, text_format: TextFormat) -> Encoded:
-    """All examples, each with what its prefix asks for: tokens behind the source, a second text."""
+    """All examples, each with what its prefix asks for: tokens after the source, a second text."""
     attachment = current_attachment(base.model)
     for_encoder = bool(base.model.config.is_encoder_decoder)
     every: list[EncodedExample] = []

@@ -9,7 +9,7 @@
   the other), or started from the same values. Tensors of strangers have the same shapes and no common meaning.
 
 Positions. Slots of an `in_place` prefix have none, tokens count from 0: such slots are joined and left out as they are.
-`shifted` slots stand at 0..P-1 and tokens behind them: when P changes, keys are turned so that every slot keeps the
+`shifted` slots stand at 0..P-1 and tokens after them: when P changes, keys are turned so that every slot keeps the
 distance to the tokens, or to its own prefix's beginning, that is said below. That takes a base whose positions are
 rotary, and is refused elsewhere. What comes out names its parents and the operation in its card, and has no scores.
 
@@ -43,7 +43,7 @@ def concatenate(parents: Kept, *, positions: Positions = "in_place", model: PreT
     """The slots of all, in this order; the text format and the task are the first one's.
 
     positions: `in_place`: tokens count from 0, and every slot keeps its distance to them. `shifted`: the prefixes stand
-    one behind the other and tokens behind the last, as if their texts followed each other: every slot of the last one
+    one after the other and tokens after the last, as if their texts followed each other: every slot of the last one
     keeps its distance to the tokens. model: their base's, needed where keys are turned (anything but `in_place`
     prefixes put `in_place`). Raises PrefixError for prefixes that this is not defined for, naming which and why, and
     for a model that is not their base (WrongBaseError).

@@ -18,7 +18,7 @@ from antefix.attention.hook import bare
 
 @torch.no_grad()
 def read_condition(model: PreTrainedModel, texts: Sequence[Sequence[int]], length: int) -> Condition:
-    """What the bare encoder of an encoder-decoder makes of these token ids, (B, length, C); zeros behind a text's end.
+    """What the bare encoder of an encoder-decoder makes of these token ids, (B, length, C); zeros after a text's end.
 
     No text is longer than `length`; a row without one has zeros.
     """

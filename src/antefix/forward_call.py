@@ -87,9 +87,9 @@ def text_places(mask_BS: Tensor, past: int, begins_B1: Tensor) -> Places:
 def forest_places(forest: Forest, kwargs: dict[str, Any]) -> Places:
     """Where the tokens of packed rows stand."""
     position, tree, is_target = kwargs["position_ids"][0], forest.tree_of_token, forest.is_target
-    behind = torch.where(is_target, position, torch.iinfo(position.dtype).max)
+    target_position = torch.where(is_target, position, torch.iinfo(position.dtype).max)
     source_length = torch.full((forest.num_trees,), torch.iinfo(position.dtype).max, device=position.device)
-    source_length = source_length.scatter_reduce(0, tree, behind, "amin")[tree]
+    source_length = source_length.scatter_reduce(0, tree, target_position, "amin")[tree]
     return Places(
         is_source=~is_target[None],
         is_target=is_target[None],

@@ -106,8 +106,8 @@ class LinearStack:
         added = [] if acting.bias is None else [acting.bias]
         added += [net(self._in_rows(given[reads])) for reads, net in acting.networks if reads != "output"]
         output = self._with(output, added)
-        behind = [net(self._in_rows(output)) for reads, net in acting.networks if reads == "output"]
-        return self._with(output, behind)
+        on_output = [net(self._in_rows(output)) for reads, net in acting.networks if reads == "output"]
+        return self._with(output, on_output)
 
     def _in_rows(self, x: Tensor) -> Tensor:
         """(B, T, .) of what some models lay end to end."""

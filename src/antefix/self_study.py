@@ -118,7 +118,7 @@ def chat_ids(base: Base, text: str) -> list[int]:
 def top_tokens(
     base: Base, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], top: int = TOP
 ) -> list[tuple[SoftLabel, ...]]:
-    """What the base gives every token of these answers behind their contexts: the likeliest tokens, probabilities."""
+    """What the base gives every token of these answers after their contexts: the likeliest tokens, probabilities."""
     found = []
     for context, answer in zip(contexts, answers, strict=True):
         ids = torch.tensor([[*context, *answer[:-1]]], device=base.model.device)
@@ -130,7 +130,7 @@ def top_tokens(
 
 
 def _written(base: Base, prompts: Sequence[Sequence[int]], num_tokens: int, **options: object) -> list[list[int]]:
-    """What the base writes behind each, up to and with its end token."""
+    """What the base writes after each, up to and with its end token."""
     pad, width = base.tokenizer.pad_token_id, max(map(len, prompts))
     end = base.tokenizer.eos_token_id
     out = base.model.generate(  # type: ignore[operator]

@@ -126,7 +126,7 @@ class SiteStack:
         )
 
     def keep_residual(self, residual_BTC: Tensor | None) -> None:
-        """What is added behind the output projection of this call."""
+        """What is added after the output projection of this call."""
         if residual_BTC is not None and self._site.output_projection is None:
             raise PrefixError(f"{self._site.name} of this base has no output projection that could be found")
         self._residual = residual_BTC

@@ -40,7 +40,7 @@ class Addend(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """Added behind the output projection."""
+    """Added after the output projection."""
 
     out_BTC: Tensor
 
@@ -211,7 +211,7 @@ class Attention(NamedTuple):
 def acted(
     attention: Attention, acting: Sequence[Acting], call: Callable[[dict[str, Tensor]], Call]
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with the effects of these branches: (B, H, T, E), and what is added behind the projection."""
+    """Attention with the effects of these branches: (B, H, T, E), and what is added after the projection."""
     effects = _joined([(a, *_effect(a, call(a.memory))) for a in acting])
     shares = [e for e in effects if isinstance(e, Share)]
     out = merged(attention.partial(), shares) if shares else attention.whole()

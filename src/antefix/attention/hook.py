@@ -60,7 +60,7 @@ class AtSite(Protocol):
         ...
 
     def keep_residual(self, residual_BTC: Tensor | None) -> None:
-        """What is added behind the output projection of this call."""
+        """What is added after the output projection of this call."""
         ...
 
 

@@ -202,7 +202,7 @@ def _forest_masks(
 ) -> Tensor | Mapping[str, Tensor]:
     """The forest in the model's own form of a mask: one for each kind of layer where it has several.
 
-    Windows count positions, not places in the row: a target stands right behind its source. Raises NoForestError for
+    Windows count positions, not places in the row: a target stands right after its source. Raises NoForestError for
     a kind of layer that no forest describes (chunked or linear attention).
     """
     config = model.config.get_text_config()

@@ -171,7 +171,7 @@ def peft_generate(model: Any, input_ids: Tensor, attention_mask: Tensor, **argum
     """`generate` with a PEFT prefix: token ids (B, T + new).
 
     PEFT 0.21 hands its slots over as `past_key_values`, which transformers 5.24 has renamed: its own `generate` then
-    writes without the prefix, and says nothing. So the cache that PEFT makes is given to the base's `generate`, behind
+    writes without the prefix, and says nothing. So the cache that PEFT makes is given to the base's `generate`, after
     as many tokens that stand for it.
     """
     num_rows, num_slots = len(input_ids), model.active_peft_config.num_virtual_tokens

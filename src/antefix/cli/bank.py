@@ -250,7 +250,7 @@ def import_(
     base: Annotated[str, typer.Option(help="The base it was trained on: a name, hub id, folder or GGUF file.")],
     positions: Annotated[
         PositionsOfSlots,
-        typer.Option(help="in_place: tokens count from 0 (rotary bases). shifted: behind the slots, as PEFT counts."),
+        typer.Option(help="in_place: tokens count from 0 (rotary bases). shifted: after the slots, as PEFT counts."),
     ] = "in_place",
     bank: BankFolder = Path("bank"),
     as_json: Json = False,

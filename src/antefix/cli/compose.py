@@ -32,7 +32,7 @@ def concatenate(
     new: NewName,
     positions: Annotated[
         PositionsOfSlots,
-        typer.Option(help="in_place: each at its distance to the tokens. shifted: one behind the other."),
+        typer.Option(help="in_place: each at its distance to the tokens. shifted: one after the other."),
     ] = "in_place",
     base: BaseName = None,
     bank: BankFolder = Path("bank"),

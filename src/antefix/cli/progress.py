@@ -17,7 +17,7 @@ _SILENT_SECONDS = 2.0
 
 
 class LiveLine:
-    """A bar with a message behind it. Without a terminal: the message, every half minute and at the end."""
+    """A bar with a message after it. Without a terminal: the message, every half minute and at the end."""
 
     def __init__(self, out: Console, total: int, unit: str) -> None:
         self._out, self._total, self._unit = out, total, unit

@@ -103,7 +103,7 @@ def _read(text: str, labels: Sequence[str] = ()) -> _Reading | None:
 
 
 def brackets(root: Node) -> Iterator[tuple[str, int, int]]:
-    """Every label with the first word it covers and the one behind its last, by their numbers."""
+    """Every label with the first word it covers and the one after its last, by their numbers."""
 
     def walk(node: Node, first: int) -> Iterator[tuple[str, int, int]]:
         place = first

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class WithSymbols:
-    """The tokenizer of a base; symbols have the ids behind its embeddings. In all else it is the base's."""
+    """The tokenizer of a base; symbols have the ids that follow its embeddings. In all else it is the base's."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, symbols: Sequence[str], first_id: int) -> None:
         self._tokenizer, self._symbols, self._first_id = tokenizer, tuple(symbols), first_id

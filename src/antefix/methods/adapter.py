@@ -1,10 +1,10 @@
-"""Adapters: narrow networks behind layers, or beside them.
+"""Adapters: narrow networks after layers, or beside them.
 
     h <- h + s (W_u g(W_d x + b_d) + b_u)
 
 - `houlsby` (Houlsby et al. 2019, arXiv 1902.00751): x = h, what attention's output projection and the last feed-forward
   layer give, before the residual addition; with `train_norms` the blocks' layer norms are trained too, as there.
-- `pfeiffer` (Pfeiffer et al. 2020, arXiv 2005.00247): behind the feed-forward layers alone.
+- `pfeiffer` (Pfeiffer et al. 2020, arXiv 2005.00247): after the feed-forward layers alone.
 - `parallel` (He et al. 2022, arXiv 2110.04366): x is what the feed-forward layers take, h what they give.
 
 W_u and the biases start at zero, W_d uniform as torch makes linear layers: the base exactly.
@@ -32,7 +32,7 @@ class AdapterConfig(MethodConfig):
     """The choices of adapters."""
 
     form: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
-    """Where they stand: behind attention and feed-forward layers, behind the latter alone, or beside them."""
+    """Where they stand: after attention and feed-forward layers, after the latter alone, or beside them."""
     width: int = Field(16, ge=1)
     """Of a network's hidden layer."""
     activation: Literal["relu", "gelu"] = "relu"
@@ -51,7 +51,7 @@ class Adapter(AtLinear[Layer]):
     """A network a layer."""
 
     Config = AdapterConfig
-    summary = "narrow networks behind or beside layers (adapters, Houlsby et al. 2019, Pfeiffer et al. 2020)"
+    summary = "narrow networks after or beside layers (adapters, Houlsby et al. 2019, Pfeiffer et al. 2020)"
     paper = "arXiv 1902.00751, 2005.00247, 2110.04366"
     parts = ("networks of states",)
 
@@ -64,10 +64,10 @@ class Adapter(AtLinear[Layer]):
     def chosen_sites(cls, sites: Sites, config: Any) -> Sequence[Layer]:
         """Raises PrefixError where the base has no layers of the kinds."""
         roles = ("attention_out", "feed_forward_out") if config.form == "houlsby" else ("feed_forward_out",)
-        behind = [s for s in sites.layers.linear if s.role in roles and s.kind in config.sites]
-        if not behind:
-            raise PrefixError(f"the base has no layers of kind {', '.join(config.sites)} to stand behind")
-        return [*behind, *(n for n in sites.layers.norms if config.train_norms and n.in_block)]
+        layers = [s for s in sites.layers.linear if s.role in roles and s.kind in config.sites]
+        if not layers:
+            raise PrefixError(f"the base has no layers of kind {', '.join(config.sites)} to stand after")
+        return [*layers, *(n for n in sites.layers.norms if config.train_norms and n.in_block)]
 
     @classmethod
     def shapes(cls, site: Layer, config: Any) -> Shapes:

@@ -161,7 +161,7 @@ class MethodModule(nn.Module):
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """Texts that are one token each, behind the base's own."""
+        """Texts that are one token each, after the base's own."""
         return ()
 
     def with_symbols(self, text_format: TextFormat) -> TextFormat:

@@ -1,6 +1,6 @@
 """Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266): a document as trained slots.
 
-Slots start as the keys and values of the document's first P tokens, exactly, at positions 0..P-1; tokens stand behind
+Slots start as the keys and values of the document's first P tokens, exactly, at positions 0..P-1; tokens stand after
 them (`shifted`). The first slot stays as it is: an attention sink that training cannot move. Untrained and with P the
 whole document, logits are those of the document in context. Training distils the frozen base that has the document in
 context into the slots (`antefix cartridge`): the loss is the cross-entropy with its k likeliest tokens, not normalised
@@ -32,7 +32,7 @@ class CartridgeConfig(PrefixTuningConfig):
     freeze_first: bool = True
     """Keep the first slot as it starts: an attention sink that training cannot move."""
     positions: Positions = "shifted"
-    """`shifted`: tokens stand behind the slots, as they would behind the document."""
+    """`shifted`: tokens stand after the slots, as they would after the document."""
 
     @model_validator(mode="after")
     def _starts_from_its_document(self) -> Self:

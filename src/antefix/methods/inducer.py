@@ -7,7 +7,7 @@ Per head, with q the query, o_c attention over the tokens and L_c the log of its
     o = o_c + lambda MLP_v(q),      MLP(x) = tanh(x A + a) B + b
 
 L_c goes over tokens alone, cached ones included. In all released settings MLP_v maps every head straight to the model's
-width and is added behind the output projection (`value_extension`), its b without lambda:
+width and is added after the output projection (`value_extension`), its b without lambda:
 
     out = W_O(concat o_c) + sum_h lambda_h tanh(q_h A_h + a_h) B_h + b
 
@@ -38,7 +38,7 @@ class InducerConfig(AtSitesConfig):
     value_width: int = Field(4, ge=1)
     """Width of the value network's hidden layer."""
     value_extension: bool = True
-    """The value network maps to the model's width, behind the output projection; as in all released settings."""
+    """The value network maps to the model's width, after the output projection; as in all released settings."""
     gating_ablation: bool = False
     """The true share of the softmax in the place of the residual form; without `value_extension`."""
     initial_scale: float = Field(0.01, ge=0)

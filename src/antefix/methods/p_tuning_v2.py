@@ -2,7 +2,7 @@
 
 Slots at every layer, learned directly from N(0, 0.02), with dropout on keys and values in training; labels are read off
 hidden states by a linear head, without a verbaliser (`task = "classification"` or `"tagging"`). With the same tensors
-it is prefix-tuning. The released code can put a network (linear - tanh - linear) behind the slots: `parametrisation`.
+it is prefix-tuning. The released code can put a network (linear - tanh - linear) after the slots: `parametrisation`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ The prompts P are new tokens. Their embeddings come from a network, which is dro
 
 Square maps that start at zero, so that they change nothing then, calibrate what the encoder knows: every input
 embedding (prompts, special tokens and padding among them, before positions are added), and what feeds the feed-forward
-layers of two layers, which in BERT is the attention block's output behind its norm and goes past them as well:
+layers of two layers, which in BERT is the attention block's output after its norm and goes past them as well:
 
     x + W x + b
 
@@ -48,9 +48,9 @@ class PaltConfig(MethodConfig):
     begin: int = Field(10, ge=1)
     """Prompt tokens before head and relation. The paper has 10, 10 and 10, or 2, 0 and 0."""
     middle: int = Field(10, ge=0)
-    """Prompt tokens behind the relation."""
+    """Prompt tokens after the relation."""
     end: int = Field(10, ge=0)
-    """Prompt tokens behind the tail."""
+    """Prompt tokens after the tail."""
     embedding_width: int = Field(512, ge=1)
     """Of what the network makes prompts from."""
     layers: tuple[int, ...] = ()
@@ -78,7 +78,7 @@ class PromptNetwork(nn.Module):
 
 
 class Palt(MethodModule):
-    """Prompts in an encoder's texts, and square maps behind embeddings and norms."""
+    """Prompts in an encoder's texts, and square maps after embeddings and norms."""
 
     Config = PaltConfig
     summary = "prompts and calibration that tell true triples from false ones (PALT, Shen et al. 2022)"

@@ -32,7 +32,7 @@ class PrefixMemoryConfig(AtSitesConfig):
     """What is applied to queries before they meet the memory."""
     place: Literal["heads", "after_projection"] = "heads"
     """`heads`: of every head's query, before the output projection, as in the paper. `after_projection`: of the layer's
-    input, added behind it."""
+    input, added after it."""
     initial_scale: float = Field(0.0, ge=0)
     """Standard deviation of the first values; 0: the base exactly."""
 

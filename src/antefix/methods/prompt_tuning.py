@@ -2,10 +2,10 @@
 
     h_i = P[i, :] for i in the prompt, at the input embeddings; nothing else is learned
 
-In a causal base the rows depend on nothing behind them: their keys and values are computed once a step, not once a row,
+In a causal base the rows depend on nothing after them: their keys and values are computed once a step, not once a row,
 and are what is kept. That equals soft tokens concatenated in front. In an encoder (that of an encoder-decoder too,
 where cross-attention sees the rows as well) they see the text and are rows of the batch; where an encoder adds
-positions to its embeddings, they enter behind that, at the first layer, and the text's tokens stand where they stand
+positions to its embeddings, they enter after that, at the first layer, and the text's tokens stand where they stand
 without them.
 """
 

@@ -9,8 +9,8 @@ Two forms, at every layer:
 With all slots kept and tau = 1 this is prefix-tuning. `blocks` adds hierarchical blocking.
 
 No code was released, and the order of truncation and softmax is not known; decided here: per site, head and text, by
-the mean attention among the slots over the text's source (its last token included; in a decoder behind an encoder, over
-its start token), which no later token changes, so that decoding and training agree. Choosing has no gradient.
+the mean attention among the slots over the text's source (its last token included; in an encoder-decoder's decoder,
+over its start token), which no later token changes, so that decoding and training agree. Choosing has no gradient.
 """
 
 from __future__ import annotations

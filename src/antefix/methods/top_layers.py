@@ -1,6 +1,6 @@
 """The topmost blocks alone: the baseline of Li & Liang 2021 (arXiv 2101.00190, section 5: FT-top2).
 
-With them what stands behind the last block is trained (GPT-2: its last layer norm). Their released code trains the tied
+With them what stands after the last block is trained (GPT-2: its last layer norm). Their released code trains the tied
 embeddings too, the table of Hu et al. 2022 (arXiv 2106.09685) counts them not: here they are an option.
 """
 
@@ -39,7 +39,7 @@ class TopLayers(Full):
         layers = sites.layers
         if config.num_layers > len(layers.blocks):
             raise PrefixError(f"num_layers = {config.num_layers}: the base has {len(layers.blocks)} blocks")
-        inside = [*layers.blocks[-config.num_layers :], *layers.behind]
+        inside = [*layers.blocks[-config.num_layers :], *layers.after_blocks]
         in_blocks = {name for name in layers.weights for block in layers.blocks if name.startswith(f"{block}.")}
         return [
             name

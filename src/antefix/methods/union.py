@@ -57,7 +57,7 @@ class Union(MethodModule):
         if len({m.for_targets for m in self._modules_in_order if m.slots()}) > 1:
             raise PrefixError(f"{UNION.join(self.members)}: slots for targets alone and others do not go together")
         if sum(m.num_inserted_tokens > 0 for m in self._modules_in_order) > 1:
-            raise PrefixError(f"{UNION.join(self.members)}: several of these stand behind the source; take one")
+            raise PrefixError(f"{UNION.join(self.members)}: several of these stand after the source; take one")
         if sum(bool(m.symbols) for m in self._modules_in_order) > 1:
             raise PrefixError(f"{UNION.join(self.members)}: several of these have new tokens; take one")
         if sum(m.encoder_rows() is not None for m in self._modules_in_order) > 1:

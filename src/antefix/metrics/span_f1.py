@@ -38,7 +38,7 @@ def from_sums(sums: Rows) -> float:
 
 
 def spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
-    """(first word, word behind the last, kind)."""
+    """(first word, word after the last, kind)."""
     found, start, kind = set(), 0, ""
     for place, tag in enumerate([*tags, "O"]):
         mark, _, own = tag.partition("-")

@@ -1,4 +1,4 @@
-"""What is learned at a linear layer: scales, a bias, narrow networks beside it or behind it.
+"""What is learned at a linear layer: scales, a bias, narrow networks beside it or after it.
 
 A layer y = W x becomes
 
@@ -39,7 +39,7 @@ class Network(NamedTuple):
 
     @classmethod
     def square(cls, weight_OO: Tensor, bias_O: Tensor) -> Network:
-        """A whole matrix, W x + b: behind an identity, so that it stands beside narrow ones in a batch."""
+        """A whole matrix, W x + b: after an identity, so that it stands beside narrow ones in a batch."""
         return cls(torch.eye(len(weight_OO)).to(weight_OO), weight_OO, None, bias_O)
 
     def __call__(self, x: Tensor, activation: Activation) -> Tensor:

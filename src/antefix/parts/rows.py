@@ -1,6 +1,6 @@
 """Rows of hidden states that are put before a text: as slots where no row sees the text, as rows where it does.
 
-In a causal base what stands before a text depends on nothing behind it. Its keys and values are computed once a step,
+In a causal base what stands before a text depends on nothing after it. Its keys and values are computed once a step,
 whatever the batch, and are slots like any other (`as_slots`). In an encoder rows see the text, and stand in the batch.
 
 Axes: P rows, C width of hidden states.
@@ -23,13 +23,13 @@ class EncoderRows(NamedTuple):
     """What enters an encoder before a text."""
 
     first_PC: Tensor
-    """The rows at the input of the first layer, behind what the base does with embeddings."""
+    """The rows at the input of the first layer, after what the base does with embeddings."""
     added: Mapping[str, Tensor]
     """By site name: (P, C), added to them at the input of that site's layer."""
 
 
 def positions_of_rows(sites: Sites) -> Positions:
-    """Where a causal base's tokens stand behind rows: where keys know positions, rows can stand before position 0."""
+    """Where a causal base's tokens stand after rows: where keys know positions, rows can stand before position 0."""
     return "in_place" if sites.positions == "relative" else "shifted"
 
 

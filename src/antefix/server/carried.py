@@ -49,7 +49,7 @@ def side_by_side(several: Sequence[Carried]) -> Carried:
     """Several prefixes as one: at every site their slots in this order.
 
     Defined for those that are kept as plain keys and values, all seen by the same tokens, with one convention for
-    positions; where that is `shifted`, texts stand behind the slots of all of them. Raises ServingError.
+    positions; where that is `shifted`, texts stand after the slots of all of them. Raises ServingError.
     """
     names = tuple(name for one in several for name in one.names)
     listed = " + ".join(names)

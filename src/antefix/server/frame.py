@@ -3,7 +3,7 @@
 A row's tokens stand side by side up to the last column, with padding before them, as in a batch that is padded on the
 left; so windows, masks and roles are counted as everywhere else. The columns in use are a frame that moves to the right
 through longer buffers: a token is written in place, nothing is copied to make room for it, and only when the frame
-comes to the buffers' end it goes back to their beginning. A row that joins is copied in behind the others; the last
+comes to the buffers' end it goes back to their beginning. A row that joins is copied in after the others; the last
 one takes the place of one that leaves. Sliding layers keep all columns; the model's masks do the sliding.
 
 Axes: B rows, G key/value heads, S columns, T new columns, D width.
@@ -42,7 +42,7 @@ class Frame:
         return slice(self._start, self._end + num_new)
 
     def join(self, read: DynamicCache, picked: Sequence[int]) -> None:
-        """Let the picked rows of a cache in, which end in its last column too, behind those that are here."""
+        """Let the picked rows of a cache in, which end in its last column too, after those that are here."""
         layers: list[Any] = read.layers
         width = layers[0].keys.shape[2]
         if not self._layers:

@@ -40,7 +40,7 @@ class _Row:
     carried: Carried | None
     stop_ids: frozenset[int]
     ids: list[int]
-    """What is read of it first: the prompt, and soft tokens behind it."""
+    """What is read of it first: the prompt, and soft tokens after it."""
     sampler: Sampler
     length: int = 0
     """Its columns of the cache."""
@@ -236,7 +236,7 @@ class Loop:
         return row.carried is None or not (row.carried.module.branches() or row.carried.module.num_inserted_tokens)
 
     def _read_on(self, reading: _Reading, events: list[Event]) -> None:
-        """One more piece of a long prompt; behind the last one its row joins."""
+        """One more piece of a long prompt; with the last one its row joins the batch."""
         row, begin, device = reading.row, reading.num_read, self._base.model.device
         end = min(begin + self._prompt_tokens, len(row.ids))
         try:
@@ -363,7 +363,7 @@ def _num_slots(row: _Row) -> int:
 
 
 def _scored(row: _Row, logits_TV: Tensor) -> PromptScored:
-    """logits_TV: of the columns that the row was read in, padding before it and soft tokens behind it among them."""
+    """logits_TV: of the columns that the row was read in, padding before it and soft tokens after it among them."""
     of_prompt = logits_TV[-len(row.ids) :][: len(row.job.prompt)]
     logprobs, top = scores_of(of_prompt, row.job.prompt[1:], row.job.sampling.logprobs or 0)
     return PromptScored(row.job.id, (None, *logprobs), ((), *top))

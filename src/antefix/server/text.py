@@ -13,18 +13,18 @@ _UNFINISHED = "\ufffd"
 
 
 _CONTEXT = 6
-"""Tokens of the prompt that the first piece is decoded behind: more than the bytes of a character."""
+"""Tokens of the prompt that the first piece is decoded after: more than the bytes of a character."""
 
 
 class TextStream:
-    """Decodes tokens as they come, behind those given as `after`.
+    """Decodes tokens as they come, after those given as `after`.
 
     A character whose bytes are spread over tokens comes with the last of them.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], after: Sequence[int] = ()) -> None:
         self._decode = decode
-        # Decoders look at the token before (SentencePiece's space), so every piece is decoded behind the one before.
+        # Decoders look at the token before (SentencePiece's space), so every piece is decoded after the one before.
         self._ids = list(after[-_CONTEXT:])
         self._before = 0
         self._read = len(self._ids)

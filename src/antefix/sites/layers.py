@@ -38,7 +38,7 @@ def look_at_layers(model: PreTrainedModel, attention: Sequence[Site]) -> Layers:
     """The layers of a model whose attention sites are known."""
     encoder_ids, decoder_ids = (some_ids(model, count) for count in (ENCODER_TOKENS, DECODER_TOKENS))
     used: list[_Used] = []
-    behind: list[nn.Module] = []
+    later: list[nn.Module] = []
     feeds: dict[nn.Module, nn.Module] = {}
     names = {module: name for name, module in model.named_modules()}
     blocks = tuple(dict.fromkeys(_block_of(site.module) for site in attention))
@@ -48,7 +48,7 @@ def look_at_layers(model: PreTrainedModel, attention: Sequence[Site]) -> Layers:
     norms = [m for m in of_base if isinstance(w := getattr(m, "weight", None), nn.Parameter) and w.shape == (width,)]
     with bare(), _watching_norms(model, norms, feeds):
         calls = recorded(
-            model, encoder_ids, decoder_ids, None, lambda calls: _watching(model, calls, used, behind, len(attention))
+            model, encoder_ids, decoder_ids, None, lambda calls: _watching(model, calls, used, later, len(attention))
         )
     return Layers(
         linear=_linear_sites(used, calls, attention, names),
@@ -65,8 +65,8 @@ def look_at_layers(model: PreTrainedModel, attention: Sequence[Site]) -> Layers:
         embeddings=names[embeddings],
         biased={names[m]: len(bias) for m in of_base if (bias := _bias_of(m)) is not None},
         blocks=blocks,
-        behind=tuple(
-            names[m] for m in dict.fromkeys(behind) if m in set(of_base) and _block_of(names[m]) not in blocks
+        after_blocks=tuple(
+            names[m] for m in dict.fromkeys(later) if m in set(of_base) and _block_of(names[m]) not in blocks
         ),
         weights={name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("antefix.")},
     )
@@ -103,9 +103,9 @@ def _linear_sites(
 
 @contextmanager
 def _watching(
-    model: PreTrainedModel, calls: list[RecordedCall], used: list[_Used], behind: list[nn.Module], num_calls: int
+    model: PreTrainedModel, calls: list[RecordedCall], used: list[_Used], later: list[nn.Module], num_calls: int
 ) -> Iterator[None]:
-    """used: filled with linear layers; behind: with what has weights and is called when attention is over."""
+    """used: filled with linear layers; later: with what has weights and is called when attention is over."""
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
     def open_to_gradients(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -113,14 +113,14 @@ def _watching(
         used.append(_Used(module, len(calls), opened))
         return opened
 
-    def keep_behind(module: nn.Module, args: Any) -> None:
+    def keep_later(module: nn.Module, args: Any) -> None:
         if len(calls) == num_calls:
-            behind.append(module)
+            later.append(module)
 
     layers = [m for m in model.modules() if isinstance(m, LINEAR) and m is not head]
     handles = [m.register_forward_hook(open_to_gradients) for m in layers]
     with_weights = [m for m in model.modules() if m is not head and any(True for _ in m.parameters(recurse=False))]
-    handles += [m.register_forward_pre_hook(keep_behind) for m in with_weights]
+    handles += [m.register_forward_pre_hook(keep_later) for m in with_weights]
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ class Site:
     layer_module: str
     """The layer's path in the model: what it is given is the residual stream."""
     output_projection: str | None
-    """The path of what multiplies attention's output, inside the attention module or behind it; None: not found."""
+    """The path of what multiplies attention's output, inside the attention module or after it; None: not found."""
 
     @property
     def name(self) -> str:
@@ -92,8 +92,8 @@ class Layers:
     """Every layer with a bias, inside blocks and outside, but for output heads: its path and its width."""
     blocks: tuple[str, ...]
     """The blocks' paths in call order."""
-    behind: tuple[str, ...]
-    """The layers with weights that are called behind the last block, but for output heads."""
+    after_blocks: tuple[str, ...]
+    """The layers with weights that are called after the last block, but for output heads."""
     weights: dict[str, tuple[int, ...]]
     """All weights of the model by their path, tied ones once, with their shapes."""
 

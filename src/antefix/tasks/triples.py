@@ -68,7 +68,7 @@ def corrupted(triple: Triple, place: int, others: Sequence[str], known: Collecti
 
 
 def with_negatives(examples: Sequence[Example], negatives: int, seed: int, num_draws: int = 1) -> list[Example]:
-    """Every example, and behind a true triple as many false ones for each of its three places; this `num_draws` times.
+    """Every example, and after a true triple as many false ones for each of its three places; this `num_draws` times.
 
     Every draw has the same examples and other false triples: an epoch takes one (see `Encoded.num_draws`). Raises
     DataError for an example that is no triple.
@@ -126,7 +126,7 @@ class TripleEncoder:
 
 
 def _around_pairs(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The tokenizer's own tokens before, between and behind two texts, seen on a pair."""
+    """The tokenizer's own tokens before, between and after two texts, seen on a pair."""
     found = tokenizer("a", "a")
     ids, text_of = list(found["input_ids"]), found.sequence_ids(0)
     ends = len(text_of) - 1 - text_of[::-1].index(0), len(text_of) - 1 - text_of[::-1].index(1)

@@ -82,7 +82,7 @@ class Worker:
         return self._report
 
     def stop(self) -> None:
-        """Save checkpoints behind the turn, and end."""
+        """Save checkpoints after the current turn, and end."""
         self._stop.set()
 
     def _watch(self, report: ManyReport) -> None:
