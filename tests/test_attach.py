@@ -154,24 +154,27 @@ def test_a_batch_equals_its_rows_alone_in_any_order(
         pytest.skip("BART's encoder counts padding as positions, with or without a prefix")
     batch = tiny_batch(name, padding)
     real = is_output(batch)
+    alone = [_row_alone(base, batch, row, None if rows[row] < 0 else modules[rows[row]]) for row in range(4)]
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
         with attached(base.model, *modules, rows=[rows[r] for r in order]):
             together = logits(base, {key: value[order] for key, value in batch.items()})
         for place, row in enumerate(order):
-            alone = {key: value[row : row + 1] for key, value in batch.items()}
-            seen = batch["attention_mask"][row].bool()
-            source = int(seen[:SOURCE_COLUMNS].sum())
-            for key in ("input_ids", "attention_mask", "position_ids"):
-                if key in alone:
-                    alone[key] = alone[key][:, seen]
-            if rows[row] < 0:
-                wanted = logits(base, alone)
-            else:
-                with attached(base.model, modules[rows[row]]):
-                    wanted = logits(base, alone, source)
-            words = wanted.shape[-1]  # further ones are new tokens of other rows
-            torch.testing.assert_close(together[place][real[row], :words], wanted[0], **NEAR)
+            words = alone[row].shape[-1]  # further ones are new tokens of other rows
+            torch.testing.assert_close(together[place][real[row], :words], alone[row], **NEAR)
             assert bool(torch.isneginf(together[place][real[row], words:]).all())
+
+
+def _row_alone(base: Base, batch: dict[str, Tensor], row: int, module: MethodModule | None) -> Tensor:
+    """The logits of a batch's row without the others and without padding, with a prefix or with the bare base."""
+    alone = {key: value[row : row + 1] for key, value in batch.items()}
+    seen = batch["attention_mask"][row].bool()
+    for key in ("input_ids", "attention_mask", "position_ids"):
+        if key in alone:
+            alone[key] = alone[key][:, seen]
+    if module is None:
+        return logits(base, alone)[0]
+    with attached(base.model, module):
+        return logits(base, alone, int(seen[:SOURCE_COLUMNS].sum()))[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
