@@ -1,6 +1,8 @@
 """Prefixes at work in a model: which row carries which, and what a forward pass must know of it.
 
 `antefix.attach` makes attachments; what they have at a site is a `SiteStack`.
+
+Axes: B rows, P tokens of a second text, C width of hidden states.
 """
 
 from __future__ import annotations

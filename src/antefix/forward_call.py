@@ -1,4 +1,7 @@
-"""What a model's forward pass is given, read off its arguments."""
+"""What a model's forward pass is given, read off its arguments.
+
+Axes: B rows, S tokens, those read before included.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Soft tokens between sources and targets, at work: who feeds a source ends it with as many tokens that stand for them.
 
-Axes: B rows, T tokens, P soft tokens, X width of embeddings or of a linear layer.
+Axes: B rows, T tokens, P soft tokens, C width of embeddings, X that or the width of a linear layer.
 """
 
 from __future__ import annotations

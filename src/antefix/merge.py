@@ -2,6 +2,8 @@
 
 Scales, biases and low-rank matrices at linear layers are, and trained weights; the copy then computes what the base
 with the prefix computes, at the base's own cost. Slots and networks with a bend are not.
+
+Axes: I width that a layer takes, O width that it gives, R width of a network.
 """
 
 from __future__ import annotations

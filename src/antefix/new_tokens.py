@@ -1,6 +1,6 @@
 """New tokens of attached prefixes at work: read where embeddings are looked up, scored where words are.
 
-Axes: B rows, T tokens, S new tokens, C width of embeddings, V words of the base.
+Axes: B rows, T tokens, S new tokens, C width of embeddings, V words of the base, U prefixes in use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What all attached prefixes have at one site, ready for any batch.
 
-Axes: B rows, T queries, C width of hidden states.
+Axes: B rows, T queries, P slots, H query heads, G key/value heads, D key width, E value width, C width of hidden
+states.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much attention every slot of a prefix gets on given texts: which of them matter, and which may go.
 
-Axes: B rows, H query heads, T queries, P slots.
+Axes: B rows, H query heads, G key/value heads, T queries, P slots, D key width.
 """
 
 from __future__ import annotations

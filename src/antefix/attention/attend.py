@@ -1,4 +1,7 @@
-"""Attention over tokens and slots, in the form that fits."""
+"""Attention over tokens and slots, in the form that fits.
+
+Axes: B rows, T queries, S keys, H query heads, G key/value heads, D key width, E value width.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ A branch is asked once a call and answers with an effect:
 
 A branch is asked for the queries that carry it alone: some rows of a batch, or the tokens of some trees of a forest.
 
-Axes: B rows, T queries, P slots, H query heads, D key width, E value width, C width of hidden states, N texts.
+Axes: B rows, T queries, P slots, H query heads, D key width, E value width, C width of hidden states, X any width.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ them (`plant`): keys and values that every token of a tree sees.
 
 Two forms, equal in value and gradient: `_attend_runs` goes through `attend`, `_FusedRuns` keeps less and copies less.
 
-Axes: T tokens of the forest, N trees, R runs of a group, Q queries of a run, S keys of a run, P slots, H query heads,
-G key/value heads, D key width, E value width.
+Axes: B rows (one), T tokens of the forest, N trees, R runs of a group, Q queries of a run, S keys of a run, P slots,
+H query heads, G key/value heads, D key width, E value width.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ that goes with it. For every implementation a base may use, a name of ours stand
 `antefix_eager`. The function asks the attention module for the slots attached to it; where there are none
 it makes the base's own call, so that a model without a prefix stays bit-equal to the base. Nothing is put
 into the cache, the mask or the token ids, and no method of the model is replaced.
+
+Axes: B rows, T queries, S keys, H query heads, G key/value heads, D key width, E value width, C width of hidden states.
 """
 
 from __future__ import annotations

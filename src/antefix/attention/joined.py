@@ -12,7 +12,7 @@ three forms, by what is cheapest for it:
 In the first two nothing is copied per row.
 
 Axes: B rows, S tokens, P slots, H query heads, G key/value heads, R = H / G, D key width, E value width, L scores that
-a head has with a lot.
+a head has with a lot; X and Y any widths.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Written for reading, in float64, with a loop over rows and heads and no cleverne
 it pins. Equation: head = softmax(q [P_k; K]^T * scale) [P_v; V] (Li & Liang 2021, section 4; He et al. 2022,
 equation 5). `at_work` puts it into a whole model, to pin what an attachment does there.
 
-Axes: T queries, S keys, P slots, D key width, E value width.
+Axes: B rows, T queries, S keys, P slots, H query heads, G key/value heads, D key width, E value width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Labelled texts: their batches and their losses.
 
-Axes: B rows, T tokens, C width of hidden states, N labels, M pairs.
+Axes: B rows, T tokens, C width of hidden states, N labels, K kinds of label, M pairs.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ No code was released, and the paper leaves open whose state h is, and how the ga
 layer's input as it is (the residual stream); its token is `gate_from`; W starts at 0 and lambda at 2, so that the gates
 start at 1 and the prefix as prefix-tuning's. No setting of the gates gives the bare base: a slot of zeros keeps its
 share of the softmax.
+
+Axes: P slots, G key/value heads, D key width, C width of hidden states.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What methods share whose slots take part in the softmax in another way than prefix-tuning's."""
+"""What methods share whose slots take part in the softmax in another way than prefix-tuning's.
+
+Axes: P slots, G key/value heads, D key width.
+"""
 
 from __future__ import annotations
 

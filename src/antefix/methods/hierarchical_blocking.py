@@ -9,6 +9,8 @@ cut at equal fractions of its own length. How long a target becomes nobody knows
 cut at fractions of `target_tokens`, in training and generation alike, and what is longer belongs to the last segment.
 In cross-attention it is the decoder's token whose segment counts. A source's last token, which predicts the first of
 the target, belongs to the target's first segment.
+
+Axes: B rows, T queries, P slots, H query heads.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ with learned vectors over all heads' width, the same at every position. They sta
 values are scaled where they are projected, before rotary positions and with their bias; l_ff where W_2 takes its input,
 which is the output of the gate where there is one (in gated layers such as T5 v1.1's, scaling W_1's output comes to the
 same).
+
+Axes: I width that a layer takes, O width that it gives.
 """
 
 from __future__ import annotations

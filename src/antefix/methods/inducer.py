@@ -13,6 +13,8 @@ width and is added after the output projection (`value_extension`), its b withou
 
 `gating_ablation` is the true share of the softmax instead, (1 - lambda) o_c + lambda MLP_v(q). All weights start as
 N(0, 0.01), cut off at two: near the base; B = b = 0 is the base.
+
+Axes: B rows, T queries, H query heads, D key width, R width of a network's hidden layer.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ a second softmax goes over them alone:
 g starts at 0: the base, bit for bit. Rows start as N(0, 1). What is kept is keys, values and gates: the rows are folded
 away. The released inference code multiplies by g where training has tanh(g); here it is tanh in both, and `gate =
 "raw"` is what PEFT's has.
+
+Axes: B rows, T queries, P slots, H query heads, G key/value heads, D key width, E value width.
 """
 
 from __future__ import annotations

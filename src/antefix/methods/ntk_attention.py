@@ -11,6 +11,8 @@ since |k| has no gradient there; here it starts at 1e-4 |N(0, 1)|, and Z at 0.
 
 Z of low rank (`rank`): Z = Z_A Z_B, with Z_A ~ N(0, 0.02) and Z_B = 0. How the paper's features get another width than
 D is not known; here they have D.
+
+Axes: B rows, T queries, H query heads, D key width, E value width.
 """
 
 from __future__ import annotations

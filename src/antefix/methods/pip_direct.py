@@ -8,6 +8,8 @@ makes of token i of a second text, the target's parse:
 Keys there, and all other slots, are learned. Slots beyond the text's length are masked (the released code attends to
 padding; its mask gives slots +1, here it is 0). A second text has at most `num_virtual_tokens` tokens. What is kept has
 no values at that site: they are read anew from every example's text.
+
+Axes: B rows, T queries, P slots, H query heads, G key/value heads, D key width, C width of hidden states.
 """
 
 from __future__ import annotations

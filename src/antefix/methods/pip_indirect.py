@@ -9,6 +9,8 @@ target's parse, and the prefix of the last encoder layer:
 MHA and W serve training alone: what is kept is a prefix, and needs no second text. With mu = 0 it is prefix-tuning step
 for step. Padding is masked. The released code takes the cosine along the sequence, one for every feature, which
 `cosine_axis = "sequence"` does; here it is along the features.
+
+Axes: B rows, P tokens of a second text, C width of hidden states.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 with phi = elu or gelu. M starts at 0: the base exactly, and its gradient is alive, since phi(q) is not 0. The paper
 leaves open whether heads that share keys share M, and how M starts; decided here: one M a query head, queries as
 attention gets them (after rotary embedding).
+
+Axes: B rows, T queries, H query heads, D key width, E value width, C width of hidden states.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ P_theta = MLP(P'_theta)), which is folded to plain slots when kept. Started from
 with a learning rate hundreds of times larger, directly learned slots train well, and are the default.
 
 An encoder-decoder base gets three independent prefixes: encoder, decoder and cross-attention (the paper's code).
+
+Axes: P slots, G key/value heads, D key width, E value width.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ With all slots kept and tau = 1 this is prefix-tuning. `blocks` adds hierarchica
 No code was released, and the order of truncation and softmax is not known; decided here: per site, head and text, by
 the mean attention among the slots over the text's source (its last token included; in an encoder-decoder's decoder,
 over its start token), which no later token changes, so that decoding and training agree. Choosing has no gradient.
+
+Axes: B rows, T queries, P slots, H query heads, X all heads and slots.
 """
 
 from __future__ import annotations

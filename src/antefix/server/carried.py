@@ -1,4 +1,7 @@
-"""What a job carries: one kept prefix or several side by side, ready to be attached."""
+"""What a job carries: one kept prefix or several side by side, ready to be attached.
+
+Axes: P slots, G key/value heads, D key width, E value width.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 One `step` reads the prompts of those that join, as many as fit into a budget, and then writes one token for every row.
 Knows token ids and prefixes in memory; nothing of texts, processes or requests' formats. Prefixes never enter the
 cache: every row tells the attachment which one it carries.
+
+Axes: T columns of a prompt, V words of the base.
 """
 
 from __future__ import annotations

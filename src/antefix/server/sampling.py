@@ -2,7 +2,7 @@
 
 A row keeps its own count of what it has written, and draws from its own generator.
 
-Axes: V words of the base.
+Axes: T places of a prompt, V words of the base.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What attention makes of a text, or of rows in its place, at every site of a base."""
+"""What attention makes of a text, or of rows in its place, at every site of a base.
+
+Axes: P tokens of the text, C width of hidden states.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A data set on its way into the model: the form of batch that the base takes, and the batches themselves."""
+"""A data set on its way into the model: the form of batch that the base takes, and the batches themselves.
+
+Axes: E examples, K choices of one.
+"""
 
 from __future__ import annotations
 
