@@ -5,7 +5,7 @@
 500 E2E pairs, three seeds, SmolLM2-135M. A prefix is trained over the base in float32; its dev loss and the BLEU of its
 greedy texts for 53 test inputs are measured over the base in float32, in bfloat16 (where the processor multiplies it
 natively) and with eight-bit weights. Then one is trained over the base with eight-bit weights. Needs
-`pip install 'antefix[int8]'`. Writes `results/eight_bits/`; about half an hour on two cores.
+`pip install 'antefix[int8]'`. Writes `results/eight_bits/`; most of an hour on two cores.
 """
 
 from __future__ import annotations

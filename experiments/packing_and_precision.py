@@ -3,7 +3,7 @@
     python experiments/packing_and_precision.py path/to/e2e-dataset.zip
 
 Pairs are drawn from the whole training set, as the bench draws them. Plain is one target a row, float32. Three seeds:
-the order of the data is all that they change. Writes `results/packing_and_precision/`; about an hour on two cores.
+the order of the data is all that they change. Writes `results/packing_and_precision/`; two hours on two cores.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Prefix-tuning beside infix-tuning (`keep_source_states`), both at their defaults, on SmolLM2-135M in float32: three
 epochs of 500 pairs of 500 tables, two seeds, that is orders of the data. Then both alternate in one process, on these
 and on 1,000 pairs of about 110 tables, and a ratio of pairs a second is taken of every round. Writes
-`results/targets_only/`; 40 minutes on two cores without AVX-512.
+`results/targets_only/`; an hour and a half on two cores.
 """
 
 from __future__ import annotations
