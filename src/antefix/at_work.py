@@ -19,6 +19,9 @@ from antefix.parts.rows import EncoderRows
 from antefix.passes import Passes
 from antefix.sites import Kind
 
+BARE = -1
+"""The row index of a row without a prefix."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
@@ -77,6 +80,8 @@ class AtWork(Protocol):
     def num_rows(self) -> int: ...
 
     def rows_of(self, num_rows: int) -> Tensor | int: ...
+
+    def index_of_tokens(self, num_rows: int) -> Tensor | int: ...
 
     def made(self) -> Sequence[Made]: ...
 

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from antefix.at_work import BARE
 from antefix.attachment import Attachment, attachments
 from antefix.attention.branch import Condition
-from antefix.encoder_rows import BARE
 from antefix.errors import GenerationError
 from antefix.methods.base import MethodModule
 from antefix.prefix import Prefix

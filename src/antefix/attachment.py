@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from antefix.at_work import Made, Stack
+from antefix.at_work import BARE, Made, Stack
 from antefix.attention.branch import Condition, Places
 from antefix.attention.forest import Forest
 from antefix.attention.hook import HookedModel, is_bare
-from antefix.encoder_rows import BARE, RowsAtWork
+from antefix.encoder_rows import RowsAtWork
 from antefix.errors import BaseModelError, PrefixError
 from antefix.forward_call import (
     decoder_places,
@@ -37,7 +37,6 @@ from antefix.inserted_tokens import InsertedTokens
 from antefix.linear_stack import linear_stacks
 from antefix.methods.base import MethodModule
 from antefix.new_tokens import NewTokens
-from antefix.parts.rows import EncoderRows
 from antefix.parts.word_head import Head
 from antefix.passes import Passes
 from antefix.prefix import Prefix
@@ -189,6 +188,14 @@ class Attachment:
             raise PrefixError(f"the batch has {num_rows} rows, attachment.condition has {count}")
         return self.condition.of_rows(num_rows)
 
+    def index_of_tokens(self, num_rows: int) -> Tensor | int:
+        """The index of every token, (B, 1), in a packed row (1, T); or one index if all rows share it."""
+        forest = self.forest
+        index = self.rows_of(num_rows if forest is None else forest.num_trees)
+        if isinstance(index, int):
+            return index
+        return index[:, None] if forest is None else index[forest.tree_of_token][None]
+
     def rows_of(self, num_rows: int) -> Tensor | int:
         """The index of every row of a batch, or one index if all rows share it."""
         if self._rows is None:
@@ -246,10 +253,6 @@ class Attachment:
             return forest_places(forest, kwargs)
         assert self._real is not None
         return text_places(self._real, self._past, self._known_begins())
-
-    def encoder_rows(self) -> list[EncoderRows | None]:
-        """What every attached prefix puts before a text in an encoder."""
-        return [made.rows for made in self.made()]
 
     def made(self) -> list[Made]:
         """What every attached prefix is in the running forward pass."""

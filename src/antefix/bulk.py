@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from antefix.at_work import BARE
 from antefix.attach import attached
 from antefix.base import Base
 from antefix.data.example import Chat, Example, Table, Triples, Words
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
-from antefix.encoder_rows import BARE
 from antefix.generation import generate_each
 from antefix.labels import label_each
 from antefix.prefix import Prefix

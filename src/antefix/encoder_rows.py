@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,18 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from antefix.at_work import BARE, AtWork
 from antefix.attention.branch import Places
 from antefix.attention.hook import is_bare
 from antefix.errors import PrefixError
 from antefix.parts.rows import EncoderRows
 from antefix.sites import Site, Sites
 
-BARE = -1
-"""The row index of a row without a prefix."""
-
-
-class RowsOf(Protocol):
-    """Who knows which rows a batch has."""
-
-    @property
-    def shared_index(self) -> int | None: ...
-
-    def rows_of(self, num_rows: int) -> Tensor | int: ...
-
-    def encoder_rows(self) -> list[EncoderRows | None]: ...
-
 
 class RowsAtWork:
     """The rows of all attached prefixes in one model's encoder."""
 
-    def __init__(self, model: PreTrainedModel, sites: Sites, attachment: RowsOf) -> None:
+    def __init__(self, model: PreTrainedModel, sites: Sites, attachment: AtWork) -> None:
         self._model, self._attachment = model, attachment
         self._sites = sites.of_kinds(("encoder_self",))
         self._is_encoder_decoder = sites.is_encoder_decoder
@@ -66,7 +53,7 @@ class RowsAtWork:
     def is_idle(self) -> bool:
         """Whether no row of the batch at hand has such rows: then the base is left as it is."""
         index = self._attachment.shared_index
-        return is_bare() or index == BARE or (index is not None and self._attachment.encoder_rows()[index] is None)
+        return is_bare() or index == BARE or (index is not None and self._every()[index] is None)
 
     def uninstall(self, modules: Mapping[str, nn.Module]) -> None:
         """Leave the model as it was."""
@@ -108,7 +95,7 @@ class RowsAtWork:
 
     def _is_there(self, num_rows: int, device: torch.device) -> Tensor:
         """Which of the places before a text hold one of its rows: (B, P)."""
-        counts = torch.tensor([*(_count(rows) for rows in self._attachment.encoder_rows()), 0], device=device)
+        counts = torch.tensor([*(_count(rows) for rows in self._every()), 0], device=device)
         of_row = counts[self._index(num_rows, device)]
         longest = int(counts.max())
         return torch.arange(longest, device=device) >= longest - of_row[:, None]
@@ -133,7 +120,7 @@ class RowsAtWork:
             if self.is_idle:
                 return args, kwargs
             states: Tensor = args[0] if args else kwargs["hidden_states"]
-            every = self._attachment.encoder_rows()
+            every = self._every()
             if is_first:
                 first = self._stacked([None if r is None else r.first_PC for r in every], len(states))
                 states = torch.cat([first.to(states.dtype), states], dim=1)
@@ -187,8 +174,11 @@ class RowsAtWork:
             text=torch.cat([places.text[:, :1].expand(-1, count), places.text], dim=1),
         )
 
+    def _every(self) -> list[EncoderRows | None]:
+        return [made.rows for made in self._attachment.made()]
+
     def _longest(self) -> int:
-        return max(_count(rows) for rows in self._attachment.encoder_rows())
+        return max(_count(rows) for rows in self._every())
 
 
 def _count(rows: EncoderRows | None) -> int:

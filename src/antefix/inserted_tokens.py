@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from antefix.at_work import AtWork
+from antefix.at_work import BARE, AtWork
 from antefix.attention.hook import is_bare
-from antefix.encoder_rows import BARE
 from antefix.parts.inserted import Inserted
 
 
@@ -60,13 +59,10 @@ class InsertedTokens:
 
     def _at_their_places(self, output: Tensor, values: Sequence[Tensor | None], beneath: Tensor) -> Tensor:
         """The output, with values on top of what lies beneath them where soft tokens stand."""
-        attachment, forest = self._attachment, self._attachment.forest
+        attachment = self._attachment
         x = output if output.ndim == 3 else output.view(attachment.num_rows, -1, output.shape[-1])
-        index = attachment.rows_of(x.shape[0] if forest is None else forest.num_trees)
-        if isinstance(index, int):
-            index_BT = torch.full((1, 1), index, device=x.device)
-        else:
-            index_BT = index[:, None] if forest is None else index[forest.tree_of_token][None]
+        index = attachment.index_of_tokens(x.shape[0])
+        index_BT = torch.full((1, 1), index, device=x.device) if isinstance(index, int) else index
         attachment.passes.look()
         places = attachment.places("self", x)
         counts = torch.tensor([*(0 if v is None else len(v) for v in values), 0], device=x.device)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from antefix.at_work import BARE
 from antefix.attach import current_attachment, indices_of_sources, rows_of_batch, rows_of_sources, told
 from antefix.attachment import Attachment
 from antefix.base import Base
@@ -17,7 +18,6 @@ from antefix.batches.batch import right_padded
 from antefix.choices import choose_each
 from antefix.data.example import Example, Source
 from antefix.data.linearise import TextFormat
-from antefix.encoder_rows import BARE
 from antefix.errors import GenerationError
 from antefix.hidden_states import last_hidden_states
 from antefix.methods.base import MethodModule

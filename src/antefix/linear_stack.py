@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from antefix.at_work import AtWork
+from antefix.at_work import BARE, AtWork
 from antefix.attention.hook import is_bare
-from antefix.encoder_rows import BARE
 from antefix.errors import PrefixError
 from antefix.parts.linear import ACTIVATIONS, Activation, LinearPart, Network, Reads
 from antefix.sites import Sites
@@ -130,13 +129,12 @@ class LinearStack:
         if self._kept is not None and self._kept[0] == num_rows and forest is None:
             return self._kept[1]
         self._attachment.passes.look()
-        index = self._attachment.rows_of(num_rows if forest is None else forest.num_trees)
+        index = self._attachment.index_of_tokens(num_rows)
         every = [made.linear.get(self._name) for made in self._attachment.made()]
         if isinstance(index, int):
             acting = _alone(None if index == BARE else every[index])
         else:
-            index_BT = index[:, None] if forest is None else index[forest.tree_of_token][None]
-            acting = _side_by_side(every, index_BT)
+            acting = _side_by_side(every, index)
         if not self._attachment.trainable and forest is None:
             self._kept = (num_rows, acting)
         return acting

@@ -14,9 +14,8 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from antefix.at_work import AtWork
+from antefix.at_work import BARE, AtWork
 from antefix.attention.hook import is_bare
-from antefix.encoder_rows import BARE
 from antefix.errors import PrefixError
 
 
@@ -74,12 +73,8 @@ class NewTokens:
         ids, self._ids = self._ids, None
         if ids is None or not bool((is_new := ids >= self._num_words).any()):
             return output
-        index, every = self._index(ids.shape[0]), self._every()
-        forest = self._attachment.forest
-        if isinstance(index, int):
-            of_token = torch.full_like(ids, index)
-        else:
-            of_token = (index[:, None] if forest is None else index[forest.tree_of_token][None]).expand_as(ids)
+        index, every = self._attachment.index_of_tokens(ids.shape[0]), self._every()
+        of_token = torch.full_like(ids, index) if isinstance(index, int) else index.expand_as(ids)
         counts = torch.tensor([*(0 if t is None else len(t) for t in every), 0], device=ids.device)
         number = ids - self._num_words
         if bool((is_new & (number >= counts[of_token])).any()):

@@ -14,10 +14,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from antefix.at_work import AtWork
+from antefix.at_work import BARE, AtWork
 from antefix.attention.hook import is_bare
 from antefix.base import context_length
-from antefix.encoder_rows import BARE
 from antefix.errors import PrefixError
 from antefix.forward_call import counted_positions, forest_in, padded_on_the_left, tokens_of
 from antefix.methods.base import MethodModule

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from antefix.at_work import AtWork
+from antefix.at_work import BARE, AtWork
 from antefix.attention.branch import Acting, Call, Subset
 from antefix.attention.forest import Forest
 from antefix.attention.hook import is_bare, put_at_site
 from antefix.attention.partial import KeySet, Partial, Scores
-from antefix.encoder_rows import BARE, RowsAtWork
+from antefix.encoder_rows import RowsAtWork
 from antefix.errors import PrefixError
 from antefix.sites import Site
 from antefix.stacking import stacked

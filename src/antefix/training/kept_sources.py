@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from antefix.at_work import BARE
 from antefix.attachment import Attachment
 from antefix.attention.hook import recording
 from antefix.attention.partial import KeySet, Mask
 from antefix.batches.batch import right_padded, window_of
 from antefix.data.encode import Encoded, EncodedExample
 from antefix.data.plan import Unit
-from antefix.encoder_rows import BARE
 from antefix.errors import TrainingError
 from antefix.sites import find_sites
 

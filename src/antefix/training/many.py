@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
+from antefix.at_work import BARE
 from antefix.attach import attached
 from antefix.attachment import Attachment
 from antefix.base import Base
-from antefix.encoder_rows import BARE
 from antefix.generation import generate_each
 from antefix.metrics import score
 from antefix.training.mixing import Share, passes
