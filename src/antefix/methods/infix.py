@@ -13,13 +13,13 @@ from typing import Literal
 
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 
-Place = Literal["self", "cross"]
+DecoderKind = Literal["self", "cross"]
 
 
 class InfixConfig(PrefixTuningConfig):
     """The choices of infix-tuning: those of prefix-tuning, but for where slots and tokens can stand."""
 
-    sites: tuple[Place, ...] = ("self", "cross")
+    sites: tuple[DecoderKind, ...] = ("self", "cross")
     """Where slots stand, of what the base has: `self`, `cross`."""
     positions: Literal["in_place"] = "in_place"
     """`in_place`: tokens count from 0; others would change how the source is read."""
