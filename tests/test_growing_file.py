@@ -38,3 +38,12 @@ def test_another_work_and_no_such_file_are_told(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"{broken\n2\n")
     with pytest.raises(ValueError, match="Expecting property name"):
         GrowingFile(path, "work").read()
+
+
+@pytest.mark.parametrize("content", [b"a text of somebody else", b'{"work": "other"}\n[0, "cut', b"[1]\n[2"])
+def test_what_is_not_ours_is_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(OtherWorkError):
+        GrowingFile(path, "work").read()
+    assert path.read_bytes() == content

@@ -26,13 +26,11 @@ class GrowingFile:
             return []
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
+        head, *pieces = (json.loads(line) for line in (whole or _line(self._head)).split(b"\n")[:-1])
+        if head != self._head or (not whole and not _line(self._head).startswith(content)):
+            raise OtherWorkError(self.path)  # nothing of what is not ours is taken away
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
-        if not whole:
-            return []
-        head, *pieces = (json.loads(line) for line in whole.split(b"\n")[:-1])
-        if head != self._head:
-            raise OtherWorkError(self.path)
         return pieces
 
     def add(self, piece: object) -> None:
@@ -40,9 +38,13 @@ class GrowingFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             lines = [piece] if file.tell() else [self._head, piece]
-            file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
+            file.write(b"".join(map(_line, lines)))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _line(content: object) -> bytes:
+    return f"{json.dumps(content, ensure_ascii=False)}\n".encode()
 
 
 class OtherWorkError(Exception):

@@ -6,18 +6,18 @@ whose data did not change is not trained again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from antefix.bank import Bank
-from antefix.data.example import Example
 from antefix.digest import digest
 from antefix.errors import PrefixError, TrainingError
 from antefix.prefix import Card
 from antefix.tensor_file import TENSORS_FILE, sha256_of
 from antefix.training.recipe import Recipe
+from antefix.training.run import data_hash
 from antefix.training.users import User
 
 MANY = "many"
@@ -61,7 +61,7 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def identity_of(user: User, of_recipe: str) -> Identity:
     """Of a user under a recipe of this digest."""
-    return Identity(user.by, digest(_written(user.train), _written(user.dev)), of_recipe)
+    return Identity(user.by, digest(data_hash(user.train), data_hash(user.dev)), of_recipe)
 
 
 def is_done(bank: Bank, user: User, of_recipe: str, *, overwrite: bool) -> bool:
@@ -87,7 +87,3 @@ def is_done(bank: Bank, user: User, of_recipe: str, *, overwrite: bool) -> bool:
     raise TrainingError(
         f"{bank.path(user.name)} {why}: give the recipe another name, or say --overwrite to train it anew"
     )
-
-
-def _written(examples: Sequence[Example]) -> str:
-    return repr([(e.source, e.targets) for e in examples])
