@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sqlite3
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from conftest import tiny_base, tiny_model
 from test_prefix_file import tiny_prefix
+from timing import at_best
 from typer.testing import CliRunner
 
 import antefix
@@ -246,15 +246,7 @@ def test_two_thousand_prefixes(made: Path, tmp_path: Path) -> None:
         for file in ("card.json", "prefix.safetensors"):
             os.link(made / "menus" / file, folder / file)
 
-    def seconds(ask: Any) -> float:
-        start = time.perf_counter()
-        ask()
-        return time.perf_counter() - start
-
-    def at_best(ask: Any) -> float:
-        return min(seconds(ask) for _ in range(5))
-
-    first = seconds(bank.entries)
+    first = at_best(bank.entries, times=1)
     assert at_best(bank.entries) < first / 2, "the index spares reading the cards"
     assert len(bank) == len(bank.entries()) == 2000
     one = Bank(made)

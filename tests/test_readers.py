@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SHARED
+from timing import at_best
 
 from antefix.data import Chat, Example, Message, Table, Triples, read, sample_pairs, split_examples
 from antefix.data.readers import READERS
@@ -85,10 +87,15 @@ class TestRealSets:
         assert sum(len(e.targets) for e in read(dev, only_good=True)) == 2258
 
     @needs_shared
-    def test_all_of_e2e_is_read_in_two_seconds(self) -> None:
-        started = time.process_time()
-        read(SHARED / "data/e2e_nlg/e2e-dataset.zip::trainset.csv")
-        assert time.process_time() - started < 2.0
+    def test_all_of_e2e_takes_little_longer_than_its_rows_alone(self) -> None:
+        path = SHARED / "data/e2e_nlg/e2e-dataset.zip"
+
+        def rows_alone() -> None:
+            with zipfile.ZipFile(path) as archive:
+                name = next(n for n in archive.namelist() if n.endswith("trainset.csv"))
+                list(csv.reader(io.StringIO(archive.read(name).decode())))
+
+        assert at_best(lambda: read(f"{path}::trainset.csv")) < 20 * at_best(rows_alone)
 
 
 class TestShapes:
