@@ -35,7 +35,7 @@ LAYERS = [
     {"base"},
     {"quantised", "tasks", "accounting"},
     {"embedded", "fingerprint", "products", "data", "decoding", "metrics", "settings", "tensor_file", "generated_file"},
-    {"atomic", "digest", "growing_file", "pace", "processes", "strict_json"},
+    {"atomic", "digest", "growing_file", "hooks", "pace", "processes", "strict_json"},
     {"errors"},
 ]
 """From the top down: a piece may import what stands below it, or beside it in its own package."""

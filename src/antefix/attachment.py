@@ -33,6 +33,7 @@ from antefix.forward_call import (
     text_places,
     tokens_of,
 )
+from antefix.hooks import take_off
 from antefix.inserted_tokens import InsertedTokens
 from antefix.linear_stack import linear_stacks
 from antefix.methods.base import MethodModule
@@ -340,9 +341,7 @@ class Attachment:
         self._handles.append(self._model.register_forward_pre_hook(self._check_routed))
 
     def _uninstall(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        take_off(self._handles)
         modules = dict(self._model.named_modules())
         for stack in self._stacks:
             stack.uninstall(modules)

@@ -24,6 +24,7 @@ from antefix.at_work import BARE, AtWork
 from antefix.attention.branch import Places
 from antefix.attention.hook import is_bare
 from antefix.errors import PrefixError
+from antefix.hooks import take_off
 from antefix.parts.rows import EncoderRows
 from antefix.sites import Site, Sites
 
@@ -57,9 +58,7 @@ class RowsAtWork:
 
     def uninstall(self, modules: Mapping[str, nn.Module]) -> None:
         """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        take_off(self._handles)
 
     def forget(self) -> None:
         """Nothing is gathered here."""

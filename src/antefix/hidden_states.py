@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from antefix.hooks import while_hooked
+
 
 def last_hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """(B, T, C), of a forward pass of the whole model, what is attached to it included; its head gets a token a row."""
@@ -15,9 +17,6 @@ def last_hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor
     handles = [model.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0]))]
     if head is not None:
         handles.append(head.register_forward_pre_hook(lambda module, args: (args[0][..., :1, :],)))
-    try:
+    with while_hooked(handles):
         model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return kept[-1]  # a pass inside this one, of rows before a text, is over before it

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from antefix.at_work import BARE, AtWork
 from antefix.attention.hook import is_bare
+from antefix.hooks import take_off
 from antefix.parts.inserted import Inserted
 
 
@@ -36,9 +37,7 @@ class InsertedTokens:
 
     def uninstall(self, modules: Mapping[str, nn.Module]) -> None:
         """Rest."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        take_off(self._handles)
 
     def forget(self) -> None:
         """Nothing is gathered here."""

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from antefix.at_work import BARE, AtWork
 from antefix.attention.hook import is_bare
 from antefix.errors import PrefixError
+from antefix.hooks import take_off
 from antefix.parts.linear import ACTIVATIONS, Activation, LinearPart, Network, Reads
 from antefix.sites import Sites
 
@@ -71,9 +72,7 @@ class LinearStack:
 
     def uninstall(self, modules: Mapping[str, nn.Module]) -> None:
         """Be asked no more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        take_off(self._handles)
         self._given.clear()
         self._acting = None
         self.forget()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from antefix.at_work import BARE, AtWork
 from antefix.attention.hook import is_bare
 from antefix.errors import PrefixError
+from antefix.hooks import take_off
 
 
 class NewTokens:
@@ -44,9 +45,7 @@ class NewTokens:
 
     def uninstall(self, modules: Mapping[str, nn.Module]) -> None:
         """Rest."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        take_off(self._handles)
         self._ids = self._absent = None
 
     def forget(self) -> None:

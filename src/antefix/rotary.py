@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from antefix.errors import BaseModelError
+from antefix.hooks import while_hooked
 from antefix.sites import Site, find_sites, record_text
 
 _TEXT_TOKENS = 8
@@ -57,11 +58,8 @@ def _rotations(model: PreTrainedModel, sites: tuple[Site, ...], position: int) -
         return listen
 
     handles = [modules[s.module].register_forward_pre_hook(listener(s.name), with_kwargs=True) for s in sites]
-    try:
+    with while_hooked(handles):
         record_text(model, torch.zeros(1, 1, dtype=torch.long, device=model.device), position)
-    finally:
-        for handle in handles:
-            handle.remove()
     if missing := [site.name for site in sites if site.name not in seen]:
         raise BaseModelError(f"{type(model).__name__} does not hand {missing[0]} the rotation of a position")
     return seen

@@ -20,6 +20,7 @@ from antefix.attention.hook import is_bare, put_at_site
 from antefix.attention.partial import KeySet, Partial, Scores
 from antefix.encoder_rows import RowsAtWork
 from antefix.errors import PrefixError
+from antefix.hooks import take_off
 from antefix.sites import Site
 from antefix.stacking import stacked
 
@@ -63,9 +64,7 @@ class SiteStack:
     def uninstall(self, modules: Mapping[str, nn.Module]) -> None:
         """Be asked no more."""
         put_at_site(modules[self._site.module], None)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        take_off(self._handles)
         self._hidden = self._residual = None
         self._memories.clear()
         self.forget()

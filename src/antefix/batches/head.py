@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from antefix.attach import current_attachment, told
 from antefix.batches.batch import Batch
+from antefix.hooks import while_hooked
 from antefix.products import FrozenLinear, product, takes_onednn
 
 _ROWS_AT_ONCE = 256
@@ -118,11 +119,8 @@ def _forward(model: PreTrainedModel, batch: Batch) -> Tensor:
 @contextmanager
 def _input_of(head: nn.Module, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The head gets what is selected of its input; scale, bias and cap go on as ever."""
-    handle = head.register_forward_pre_hook(lambda module, args: (select(args[0]),))
-    try:
+    with while_hooked([head.register_forward_pre_hook(lambda module, args: (select(args[0]),))]):
         yield
-    finally:
-        handle.remove()
 
 
 class _FrozenHead(torch.autograd.Function):

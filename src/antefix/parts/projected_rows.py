@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from antefix.attention.hook import bare, projected
+from antefix.hooks import while_hooked
 from antefix.parts.key_value import KeyValue
 from antefix.sites import Site, read_one_token
 
@@ -55,10 +56,6 @@ class Projections:
             return listen
 
         handles = [m.register_forward_pre_hook(listener(n), with_kwargs=True) for n, m in self._modules.items()]
-        try:
-            with bare():
-                read_one_token(self._model)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with while_hooked(handles), bare():
+            read_one_token(self._model)
         return given

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from antefix.attention.hook import RecordedCall
 from antefix.errors import BaseModelError
+from antefix.hooks import while_hooked
 from antefix.sites.reading import DECODER_TOKENS, ENCODER_TOKENS, recorded, some_ids
 from antefix.sites.site import KINDS, Kind, Layers, PositionKind, Site, Sites
 
@@ -92,11 +93,8 @@ def _watching_projections(
             projections[calls[-1].module] = module
 
     handles = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    try:
+    with while_hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _encoder_prefix(model: PreTrainedModel, names: dict[nn.Module, str]) -> str | None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from antefix.attention.hook import RecordedCall, bare
+from antefix.hooks import while_hooked
 from antefix.sites.reading import DECODER_TOKENS, ENCODER_TOKENS, recorded, some_ids
 from antefix.sites.site import Layers, LinearSite, NormSite, Role, Site
 
@@ -121,11 +122,8 @@ def _watching(
     handles = [m.register_forward_hook(open_to_gradients) for m in layers]
     with_weights = [m for m in model.modules() if m is not head and any(True for _ in m.parameters(recurse=False))]
     handles += [m.register_forward_pre_hook(keep_later) for m in with_weights]
-    try:
+    with while_hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -140,11 +138,8 @@ def _watching_norms(model: nn.Module, norms: Sequence[nn.Module], feeds: dict[nn
 
     handles = [m.register_forward_hook(lambda norm, args, output: given.append((norm, output))) for m in norms]
     handles += [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, LINEAR)]
-    try:
+    with while_hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _columns(one: _Used, call: RecordedCall) -> tuple[tuple[int, ...], ...] | None:

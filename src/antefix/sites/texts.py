@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from antefix.attention.hook import RecordedCall, bare, recording
+from antefix.hooks import while_hooked
 from antefix.sites.find import find_sites
 from antefix.sites.reading import in_eval_mode, recorded, some_ids
 from antefix.sites.site import Site
@@ -51,17 +52,13 @@ def record_rows(
 
     modules, length = dict(model.named_modules()), len(rows_PC)
     handles = [modules[p].register_forward_pre_hook(adder(o), with_kwargs=True) for p, o in added.items()]
-    try:
-        with in_eval_mode(model), bare(), recording(model) as calls:
-            model.base_model(
-                inputs_embeds=rows_PC[None].to(model.dtype),
-                attention_mask=torch.ones(1, length, dtype=torch.long, device=rows_PC.device),
-                position_ids=torch.arange(first_position, first_position + length, device=rows_PC.device)[None],
-                use_cache=False,
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
+    with while_hooked(handles), in_eval_mode(model), bare(), recording(model) as calls:
+        model.base_model(
+            inputs_embeds=rows_PC[None].to(model.dtype),
+            attention_mask=torch.ones(1, length, dtype=torch.long, device=rows_PC.device),
+            position_ids=torch.arange(first_position, first_position + length, device=rows_PC.device)[None],
+            use_cache=False,
+        )
     return list(zip(find_sites(model).attention, calls, strict=True))
 
 
@@ -91,12 +88,8 @@ def layer_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]
     chosen = sites.of_kinds(("self",) if sites.is_causal else ("encoder_self",))
     layers = [(model.get_submodule(site.layer_module), keeper(site.name)) for site in chosen]
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer, keep in layers]
-    try:
-        with bare():
-            recorded(model, input_ids, input_ids, None)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with while_hooked(handles), bare():
+        recorded(model, input_ids, input_ids, None)
     return found
 
 
