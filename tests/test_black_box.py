@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import tiny_base
+from conftest import DECODER_ONLY, tiny_base
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -21,10 +22,14 @@ from antefix.data.encode import Limits
 from antefix.data.linearise import TextFormat
 from antefix.data.plan import all_units
 from antefix.errors import TrainingError
+from antefix.hidden_states import last_hidden_states
+from antefix.hooks import while_hooked
 from antefix.methods import method_class
+from antefix.methods.bbt_v2 import _spread
 from antefix.metrics import score
 from antefix.parts.word_head import WordHead
 from antefix.prefix import Prefix
+from antefix.sites import find_sites
 from antefix.tasks import LabelTask
 from antefix.training.black_box import GENERATIONS_FILE, Candidate
 from antefix.training.prepared import Prepared, prepare
@@ -66,6 +71,15 @@ def test_a_layers_projection_follows_its_states() -> None:
     spreads = [float(module.get_buffer(f"projection_{n}").std()) for n in range(3)]
     assert spreads[0] < spreads[1] < spreads[2], "states grow from layer to layer here"
     assert [len(p) for p in module.searched()] == [50, 50, 50]
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_a_words_score_is_its_logit(name: str) -> None:
+    base = tiny_base(name)
+    ids = torch.randint(3, 200, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        scores = WordHead(base.model, [7, 200, 31])(last_hidden_states(base.model, {"input_ids": ids})[:, -1])
+        torch.testing.assert_close(scores, base.model(ids).logits[:, -1, [7, 200, 31]], rtol=1e-4, atol=1e-4)
 
 
 def test_hinge_by_hand() -> None:
@@ -115,6 +129,100 @@ def test_candidates_in_one_batch_have_the_losses_of_each() -> None:
             batch = labelled_batch(data, [unit for unit in units for _ in range(3)], model)
             mixed = labelled_losses(model, module.head, batch).view(-1, 3).T
     torch.testing.assert_close(mixed, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "packed"), [("llama", True), ("llama", False), ("bart", None)])
+def test_candidates_rank_together_as_they_do_alone(name: str, packed: bool | None) -> None:
+    """Examples with unlike numbers of choices: a row of the batch is a choice, packed an example."""
+    rows = [
+        antefix.Example(source="a cat", targets=("purrs",), choices=("purrs", "barks")),
+        antefix.Example(source="an elk", targets=("grazes a lot",), choices=("swims", "flies", "grazes a lot", "is")),
+    ]
+    found: dict[int | None, list[float]] = {}
+    for at_once in (1, None):
+        settings = {"candidates": 10, "population": 5, "at_once": at_once}
+        prepared = prepare(
+            tiny_base(name), rows, rows, method="bbt", text_format=None, decoding=None, task="ranking",
+            config={"num_virtual_tokens": 3, "dimensions": 4, "alpha": 5.0},
+            training=TrainingRecipe(evaluations=1, packed=packed, black_box=settings),
+        )  # fmt: skip
+        reports: list[float] = []
+        run(prepared, watch=lambda report, reports=reports: reports.append(report.loss))
+        found[at_once] = reports
+    assert found[None] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_prompts_of_every_layer_are_added_projections(name: str) -> None:
+    """As the paper has it, written out: A_j z_j added to the prompt's states at the input of every layer j."""
+    base = tiny_base(name)
+    found = method_class("bbt_v2")
+    config = found.Config.model_validate({"num_virtual_tokens": 4, "dimensions": 6, "alpha": 2.0})
+    module = found.build(base, config).requires_grad_(False)
+    points = module.searched()
+    for n, point in enumerate(points):
+        point.copy_(torch.randn(6, generator=torch.Generator().manual_seed(n)))
+    ids = torch.randint(3, 200, (1, 7), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        with attached(base.model, module):
+            wanted = base.model(ids).logits
+        words = base.model.get_input_embeddings()(ids)
+        layers = [base.model.get_submodule(s.layer_module) for s in find_sites(base.model).of_kinds(("self",))]
+
+        def add(number: int) -> Any:
+            def hook(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                states = (args[0] if args else kwargs["hidden_states"]).clone()
+                states[:, :4] += (module.get_buffer(f"projection_{number}") @ points[number]).view(4, -1)
+                return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+            return hook
+
+        with while_hooked([m.register_forward_pre_hook(add(n), with_kwargs=True) for n, m in enumerate(layers)]):
+            logits = base.model(inputs_embeds=torch.cat([module.first_rows[None], words], dim=1)).logits
+    torch.testing.assert_close(wanted, logits[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_the_prompt_is_the_projected_point_beside_the_fixed_rows(name: str) -> None:
+    base = tiny_base(name)
+    found = method_class("bbt")
+    config = found.Config.model_validate({"num_virtual_tokens": 3, "dimensions": 5, "alpha": 2.0})
+    module = found.build(base, config).requires_grad_(False)
+    (point,) = module.searched()
+    point.copy_(torch.randn(5, generator=torch.Generator().manual_seed(1)))
+    rows = module.first_rows + (module.projection @ point).view(3, -1)
+    soft = method_class("prompt_tuning")
+    config = soft.Config.model_validate({"num_virtual_tokens": 3})
+    plain = soft.build(base, config).requires_grad_(False)
+    next(iter(plain.parameters())).copy_(rows)
+    ids = torch.randint(3, 200, (1, 7), generator=torch.Generator().manual_seed(9))
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if name == "bart" else {})
+    with torch.no_grad():
+        logits = []
+        for one in (module, plain):
+            with attached(base.model, one):
+                logits.append(base.model(**inputs).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_spread_of_what_is_cut_off_five_times() -> None:
+    values = np.array([*np.linspace(-1, 1, 200), 50.0, -80.0])
+    for _ in range(5):
+        mean, deviation = values.mean(), values.std(ddof=1)
+        values = np.clip(values, mean - 3 * deviation, mean + 3 * deviation)
+    wanted = float(values.std(ddof=1))
+    assert _spread(torch.tensor([*np.linspace(-1, 1, 200), 50.0, -80.0])) == pytest.approx(wanted, rel=1e-4)
+    assert wanted < 3
+
+
+def test_who_else_draws_changes_nothing_and_is_not_changed() -> None:
+    np.random.seed(5)
+    wanted = np.random.rand(3)
+    np.random.seed(5)
+    quiet = run(ready("bbt_v2", seed=-1)).tensors
+    assert np.random.rand(3).tolist() == wanted.tolist()
+    noisy = run(ready("bbt_v2", seed=-1), watch=lambda report: np.random.rand() and None).tensors
+    assert all(torch.equal(quiet[name], noisy[name]) for name in quiet)
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbt_v2"])

@@ -6,13 +6,15 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from conftest import SHARED, tiny_base, tiny_method
 
 import antefix
 from antefix.attach import attached
 from antefix.data import Example, read, sample_frames
-from antefix.data.frames import Node, begins_frame, brackets, parse
+from antefix.data.frames import Node, begins_frame, brackets, ending, parse
 from antefix.errors import DataError
+from antefix.frame_decoding import OnlyFrames
 from antefix.metrics import score
 
 FRAME = "[IN:GET_WEATHER will it rain [SL:LOCATION in [IN:GET_LOCATION boston ] ] now ]"
@@ -76,6 +78,35 @@ def test_only_frames_are_written(symbols: tuple[str, ...], options: dict[str, An
     assert all(tree is not None for tree in trees)
     if symbols:
         assert {tree.label for tree in trees if tree} == {"IN:GO"}
+
+
+@pytest.mark.parametrize("max_new_tokens", [20, 27, 40])
+@pytest.mark.parametrize("liked", ["[", "]", "A", " "])
+def test_long_labels_are_closed_in_time(max_new_tokens: int, liked: str) -> None:
+    """One token a byte: a label that is spelled out takes most of what there is; many beginnings lead nowhere."""
+    tokenizer = tiny_base("llama").tokenizer
+    labels = ["IN:GET_WEATHER", "IN:GET_WEATHER_AND_SO_ON", "SL:DATE", "SL:DATE_TIME_RECURRING"]
+    for seed in range(4):
+        processor = OnlyFrames([tokenizer], 0, tokenizer.eos_token_id, max_new_tokens, 1, labels)
+        draw = torch.Generator().manual_seed(seed)
+        ids: list[int] = []
+        while len(ids) < max_new_tokens and tokenizer.eos_token_id not in ids:
+            scores = torch.randn(1, len(tokenizer), generator=draw)
+            scores[0, tokenizer.convert_tokens_to_ids(tokenizer.tokenize(liked))] += 2
+            ids.append(int(processor(torch.tensor([ids], dtype=torch.long), scores).argmax()))
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert parse(text) is not None, text
+
+
+def test_the_shortest_ending() -> None:
+    labels = ["IN:GET_WEATHER", "SL:DATE", "SL:DAY", "IN:GO"]
+    for text, wanted in {
+        "": "[IN:GO ]", "[IN:GE": "T_WEATHER ]", "[IN:GO in [": "SL:DAY ] ]", "[IN:GO [SL:DAT": "E ] ]",
+        "[IN:GO x": " ]", "[IN:GO ]": "", "[SL": None, "[IN:GO [SL:X": None,
+    }.items():  # fmt: skip
+        assert ending(text, labels) == wanted
+    assert ending("[IN:") == "A ]"
+    assert ending("[IN:GO [SL:X") == " ] ]"
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "top_english_small").is_dir(), reason="the data is not here")

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import METHOD_CONFIGS, tell_sources, tiny_base, tiny_batch, tiny_method, tiny_model
+from conftest import METHOD_CONFIGS, NOT_ON, tell_sources, tiny_base, tiny_batch, tiny_method, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
+import antefix
 from antefix.accounting import flop_a_token
 from antefix.attach import attached
 from antefix.base import Base
@@ -23,6 +24,7 @@ from antefix.methods import method_class
 from antefix.parts.linear import LinearPart, Network, together
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.sites import LinearSite, find_sites
+from antefix.training.recipe import TrainingRecipe
 
 GATED = {"llama", "qwen3", "mistral", "gemma2", "gemma3"}
 FUSED = {"gpt2", "gpt_neox"}
@@ -98,12 +100,13 @@ def changed_by_hand(base: Base, method: str, config: dict[str, Any], tensors: di
 def kept(base: Base, method: str, **config: Any) -> Prefix:
     module = tiny_method(base, method, **config)
     card = Card(
-        method=method, config={**METHOD_CONFIGS[method], **config}, positions="in_place",
+        method=method, config={**METHOD_CONFIGS[method], **config}, positions=module.positions,
         base=BaseRecord(name=base.name, fingerprint=base.fingerprint),
     )  # fmt: skip
     return Prefix(module.kept_tensors(), card)
 
 
+WEIGHTS = ("ia3", "lora", "bitfit", "full", "top_layers")
 EVERYWHERE = ["query", "key", "value", "attention_out", "feed_forward_in", "feed_forward_out"]
 
 
@@ -135,7 +138,7 @@ def test_untrained_it_is_the_base(architecture: str, method: str, config: dict[s
         assert torch.equal(logits(base, batch), bare)
 
 
-@pytest.mark.parametrize("method", ["ia3", "lora", "bitfit", "full", "top_layers"])
+@pytest.mark.parametrize("method", WEIGHTS)
 def test_merged_is_attached(architecture: str, method: str) -> None:
     base, batch = tiny_base(architecture), tiny_batch(architecture, "right")
     prefix, bare = kept(base, method), logits(base, batch)
@@ -152,11 +155,24 @@ def test_merged_is_attached(architecture: str, method: str) -> None:
         merged(made, prefix)
 
 
-@pytest.mark.parametrize(("method", "config"), [("prefix_tuning", {}), ("adapter", {"form": "parallel"}), ("mam", {})])
-def test_what_is_no_weight_is_not_merged(method: str, config: dict[str, Any]) -> None:
-    base = tiny_base("llama")
+def test_what_is_no_weight_is_not_merged(method: str) -> None:
+    """Every method of the table is merged, to what attaching it computes (above), or refused."""
+    if method in WEIGHTS:
+        pytest.skip("it is")
+    name = next(n for n in ("llama", "bert", "bart") if n not in NOT_ON.get(method, ()))
+    base = tiny_base(name)
     with pytest.raises(PrefixError, match=f"{method} cannot be written into weights: only scales, biases and low-rank"):
-        merged(base, kept(base, method, **config))
+        merged(base, kept(base, method))
+
+
+def test_labels_of_words_are_merged_and_a_learned_head_is_not() -> None:
+    base = tiny_base("llama")
+    rows = [antefix.Example(source=s, targets=(t,)) for s, t in (("a", "yes"), ("b", "no"))]
+    training = TrainingRecipe(max_steps=1, evaluations=1)
+    given: dict[str, Any] = {"task": "classification", "method": "ia3", "training": training, "dev": rows}
+    assert merged(base, antefix.train(base, rows, words={"yes": "x", "no": "y"}, **given)).name == "tiny-llama + ia3"
+    with pytest.raises(PrefixError, match="a learned label head cannot be written into the base"):
+        merged(base, antefix.train(base, rows, **given))
 
 
 def test_a_merged_model_is_an_ordinary_folder(tmp_path: Path) -> None:

@@ -39,11 +39,9 @@ def choose_each(
     condition_length = None if attachment is None else attachment.condition_length
     with rows_of_batch(base.model, rows, [0]):  # of one source: which form a base takes depends on no prefix
         form = batch_form(base.model, encoded, None)
-    # Of rows that are padded every choice is one, and what is attached counts a batch's rows by source.
-    size = batch_size if form == "packed" or rows is None else 1
     order = sorted(range(len(examples)), key=lambda n: -len(encoded.examples[n].source))
-    for start in range(0, len(order), size):
-        indices = order[start : start + size]
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
         units = [Unit(n, tuple(range(len(examples[n].choices)))) for n in indices]
         with rows_of_batch(base.model, rows, indices), routed(base.model):
             batch = batch_of(form, encoded, units, base.model)
@@ -66,7 +64,11 @@ def _encoded(base: Base, examples: Sequence[Example], task: RankingTask, text_fo
         limits, tokenizer = Limits(context=base.context_length), base.tokenizer
         if attachment is not None:
             module = attachment.module_of(n)
-            limits = replace(limits, inserted=module.num_inserted_tokens, condition=module.condition_length)
+            limits = Limits(
+                context=module.room_in(base.context_length),
+                inserted=module.num_inserted_tokens,
+                condition=module.condition_length,
+            )
             tokenizer = base.tokenizer_with(module.symbols)
         every += task.encode([example], text_format, tokenizer, limits, for_encoder=for_encoder).examples
     return Encoded(tuple(every), 0, 0, for_encoder, are_choices=True)

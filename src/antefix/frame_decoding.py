@@ -1,26 +1,26 @@
 """Decoding that writes well-formed frames and nothing else (see `antefix.data.frames`).
 
-Of every row's likeliest tokens those are kept that a frame can go on with, however its symbols are cut into tokens.
-Where the text would be cut off before its brackets are closed, they are closed in time.
+Of every row's likeliest tokens those are kept that a frame can go on with and be closed in time, however its symbols
+are cut into tokens. Where as many tokens are left as the rest of the frame takes, that is what is written.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from antefix.data.frames import begins_frame, num_open
+from antefix.data.frames import ending
 
 _SPACES = re.compile(r"\s+")
 _LOOKED_AT = 64
 """Of a row's likeliest tokens; where none of them fits, the first that does is taken."""
-_SPARE = 6
-"""Tokens left when brackets begin to be closed, beside two for each."""
+_SPARE = 1
+"""Tokens left beside those that the rest of a frame takes: what is written token by token may be cut otherwise."""
 
 
 class OnlyFrames(LogitsProcessor):
@@ -45,23 +45,39 @@ class OnlyFrames(LogitsProcessor):
 
     def _fitting(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], scores: Tensor) -> list[int]:
         text = _text(tokenizer, ids)
-        depth = num_open(text)
-        if depth is None or self._stop in ids:
-            return [self._stop]
-        closing: list[int] = tokenizer("]" if text.endswith(" ") else " ]", add_special_tokens=False)["input_ids"]
         left = self._max_new_tokens - len(ids)
-        # A label may be cut off, and a bracket of its own may take two tokens: in time is a little early.
-        if depth and left <= 2 * depth + _SPARE and begins_frame(f"{text}]", self._labels):
-            return closing[:1]
+        rest = self._rest(tokenizer, text)
+        if not rest or self._stop in ids:
+            return [self._stop]
+        if len(rest) + _SPARE >= left:
+            return rest[:1]
         likely = scores.topk(min(_LOOKED_AT, scores.shape[-1])).indices.tolist()
-        fitting = islice((t for t in likely if self._fits(tokenizer, ids, text, t)), self._num_kept)
-        found = list(fitting) or list(islice((t for t in range(len(scores)) if self._fits(tokenizer, ids, text, t)), 1))
-        return found or [self._stop]
 
-    def _fits(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, token: int) -> bool:
-        """Whether a frame can go on with a token, and does: many say nothing, or one space after another."""
+        def fitting(tokens: Iterable[int], count: int) -> list[int]:
+            return list(islice((t for t in tokens if self._fits(tokenizer, ids, text, t, left - 1)), count))
+
+        return fitting(likely, self._num_kept) or fitting(range(len(scores)), 1) or rest[:1]
+
+    def _fits(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, token: int, left: int) -> bool:
+        """Whether a frame can go on with a token and be closed in time, and does go on.
+
+        Many tokens say nothing, or one space after another.
+        """
         longer = _text(tokenizer, [*ids, token])
-        return token != self._stop and _said(longer) != _said(text) and begins_frame(longer, self._labels)
+        if token == self._stop or _said(longer) == _said(text):
+            return False
+        rest = self._rest(tokenizer, longer)
+        return rest is not None and len(rest) + _SPARE <= left
+
+    def _rest(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
+        """The tokens that a text lacks to be a frame; None where it begins none."""
+        rest = ending(text, self._labels)
+        if rest is None:
+            return None
+        found: list[int] = tokenizer(rest.lstrip() if text.endswith(" ") else rest, add_special_tokens=False)[
+            "input_ids"
+        ]
+        return found
 
 
 def _said(text: str) -> str:

@@ -14,7 +14,9 @@ def last_hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor
     """(B, T, C), of a forward pass of the whole model, what is attached to it included; its head gets a token a row."""
     kept: list[Tensor] = []
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    handles = [model.base_model.register_forward_hook(lambda module, args, output: kept.append(output[0]))]
+    # OPT's head asks its decoder, not the `base_model` around that.
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    handles = [body.register_forward_hook(lambda module, args, output: kept.append(output[0]))]
     if head is not None:
         handles.append(head.register_forward_pre_hook(lambda module, args: (args[0][..., :1, :],)))
     with while_hooked(handles):

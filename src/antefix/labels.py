@@ -103,7 +103,8 @@ def scores_each(
         for n in set(index)
     }
     encoded = [encoders[n](source) for source, n in zip(plain, index, strict=True)]
-    _refuse_long(base, [ids for ids, *_ in encoded])
+    rooms = [attachment.module_of(n).room_in(base.context_length) for n in index]
+    _refuse_long([ids for ids, *_ in encoded], rooms)
     order = sorted(range(len(plain)), key=lambda n: -len(encoded[n][0]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -120,12 +121,12 @@ def _states(base: Base, ids: Sequence[list[int]]) -> Tensor:
         return last_hidden_states(base.model, {"input_ids": padded, "attention_mask": mask})
 
 
-def _refuse_long(base: Base, ids: Sequence[Sequence[int]]) -> None:
-    limit = base.context_length
-    for number, row in enumerate(ids, start=1):
-        if limit is not None and len(row) > limit:
+def _refuse_long(ids: Sequence[Sequence[int]], rooms: Sequence[int | None]) -> None:
+    """rooms: how many tokens each source may have, where its prefix takes positions of the base's context."""
+    for number, (row, room) in enumerate(zip(ids, rooms, strict=True), start=1):
+        if room is not None and len(row) > room:
             raise GenerationError(
-                f"source {number} has {len(row)} tokens, more than the base's context of {limit}; shorten it"
+                f"source {number} has {len(row)} tokens, more than the base's context has room for ({room}); shorten it"
             )
 
 

@@ -58,10 +58,13 @@ def _check_is_exact(module: MethodModule, method: str) -> None:
         for part in parts
         for reads, activation, network in part.networks
     )
-    if module.slots() or module.branches() or module.encoder_rows() is not None or bent or module.head is not None:
+    tokens = module.encoder_rows(), module.new_tokens(), module.inserted()
+    if module.slots() or module.branches() or bent or any(one is not None for one in tokens):
         raise PrefixError(
             f"{method} cannot be written into weights: only scales, biases and low-rank matrices of linear layers can"
         )
+    if module.head is not None and module.head.kept():
+        raise PrefixError("a learned label head cannot be written into the base: attach the prefix instead")
 
 
 def _write(layer: nn.Module, part: LinearPart, name: str) -> None:

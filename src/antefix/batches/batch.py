@@ -65,7 +65,7 @@ class Batch:
     inputs: the model's arguments. positions: (U,) distinct positions, of the flattened (B, T), whose logits
     are needed. row: (N,) for every label, which of these logits it is scored with. label: (N,). pair: (N,) to
     which of the `num_pairs` pairs it belongs. encoder: for an encoder-decoder base, the encoder's own
-    arguments; `source_of_row` (M,) says which encoded source a decoder row reads.
+    arguments. source_of_row: (B,) which of the units a padded row, or one of the decoder, has its source of.
     """
 
     inputs: dict[str, Any]
@@ -113,7 +113,8 @@ def padded_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel
     ids, mask = right_padded([r.ids for r in rows], pad_id_of(model))
     starts = range(0, ids.numel(), ids.shape[1])
     batch = _with_labels({"input_ids": ids, "attention_mask": mask, "use_cache": False}, rows, starts)
-    return replace(batch, source_lengths=torch.tensor([r.num_source for r in rows]))
+    source_lengths = torch.tensor([r.num_source for r in rows])
+    return replace(batch, source_lengths=source_lengths, source_of_row=_unit_of_pairs(units))
 
 
 def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTrainedModel) -> Batch:
@@ -124,7 +125,6 @@ def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTra
     encoder_ids, encoder_mask = right_padded(sources, pad)
     targets = [encoded.examples[u.example].targets[t] for u in units for t in u.targets]
     decoder_ids, decoder_mask = right_padded([(start, *t[:-1]) for t in targets], pad)
-    source_of_row = torch.tensor([n for n, u in enumerate(units) for _ in u.targets])
     label_positions = [b * decoder_ids.shape[1] + j for b, t in enumerate(targets) for j in range(len(t))]
     return Batch(
         inputs={"decoder_input_ids": decoder_ids, "decoder_attention_mask": decoder_mask, "use_cache": False},
@@ -135,8 +135,12 @@ def encoder_decoder_batch(encoded: Encoded, units: Sequence[Unit], model: PreTra
         num_pairs=len(targets),
         num_tokens=encoder_ids.numel() + decoder_ids.numel(),
         encoder={"input_ids": encoder_ids, "attention_mask": encoder_mask},
-        source_of_row=source_of_row,
+        source_of_row=_unit_of_pairs(units),
     )
+
+
+def _unit_of_pairs(units: Sequence[Unit]) -> Tensor:
+    return torch.tensor([n for n, unit in enumerate(units) for _ in unit.targets])
 
 
 @dataclass(frozen=True, slots=True)

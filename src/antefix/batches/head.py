@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from antefix.attach import current_attachment, told
+from antefix.attach import current_attachment, rows_of_batch, rows_of_sources, told
 from antefix.batches.batch import Batch
 from antefix.hooks import while_hooked
 from antefix.products import FrozenLinear, product, takes_onednn
@@ -106,14 +106,25 @@ def _hidden_states(model: PreTrainedModel, head: nn.Module, batch: Batch) -> tup
 
 
 def _forward(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """`attachment.rows` speaks of a batch's sources; a row of a target carries what its source does."""
     inputs = dict(batch.inputs)
     if batch.encoder is not None:
         with told(model, condition=batch.condition):
             states = model.get_encoder()(**batch.encoder)[0]
         inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states[batch.source_of_row])
         inputs["attention_mask"] = batch.encoder["attention_mask"][batch.source_of_row]
-    with told(model, source_lengths=batch.source_lengths):
+    with told(model, source_lengths=batch.source_lengths), _rows_of_targets(model, batch):
         return model(**inputs).logits  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _rows_of_targets(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
+    sources = [] if batch.source_of_row is None else batch.source_of_row.tolist()
+    if len(set(sources)) == len(sources):
+        yield
+        return
+    with rows_of_batch(model, rows_of_sources(model, len(set(sources))), sources):
+        yield
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def prepare_bulk(
     bare = [source for source, name in zip(sources, names, strict=True) if name is None]
     if bare:
         writers[None] = _bare_writer(bare, decoding, text)
-    decides = [*(card.model_dump_json() for card in cards.values()), repr(names), repr([s.source for s in sources])]
+    decides = [*(card.model_dump_json() for card in cards.values()), repr(names), repr([s.asked for s in sources])]
     decides += [*decoding, "", *text]
     return Bulk(sources, [writers[n] for n in names], bank, None if some is None else some.base, decides)
 

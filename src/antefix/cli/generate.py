@@ -124,7 +124,7 @@ def generate(
                 generate_each, loaded, text_format=text_format, decoding=chosen, batch_size=batch_size, on_cut=_say_cut
             )
         decides = [loaded.fingerprint, text_format.model_dump_json(), chosen.model_dump_json()]
-        decides += [repr([e.source for e in examples]), "" if kept is None else kept.card.model_dump_json()]
+        decides += [repr([e.asked for e in examples]), "" if kept is None else kept.card.model_dump_json()]
         chosen_each = each
 
         def answers_of(left: list[int]) -> Iterator[tuple[int, str]]:

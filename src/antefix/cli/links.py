@@ -44,12 +44,14 @@ def links(
     from antefix.data import read
     from antefix.link_prediction import classification_scores, likelihoods, link_scores, with_one_negative
     from antefix.prefix import Prefix
-    from antefix.tasks.triples import true_triples
+    from antefix.tasks.triples import is_true, true_triples
 
     kept = Prefix.load(prefix)
     tests, devs = read(test), read(dev)
     others = [*devs, *(example for file in known or () for example in read(file))]
-    ranked = tests if limit is None else random.Random(f"links-{seed}").sample(tests, min(limit, len(tests)))
+    ranked = [e for e in tests if is_true(e)]
+    if limit is not None:
+        ranked = random.Random(f"links-{seed}").sample(ranked, min(limit, len(ranked)))
     # Filtered by the whole test set, whatever part of it is ranked.
     every = set(true_triples([*tests, *others]))
     loaded = kept.card.base.load(base, dtype=dtype, device=device)

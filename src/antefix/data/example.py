@@ -122,3 +122,8 @@ class Example:
     """Texts of which the target is one, for tasks that rank."""
     labels: dict[str, str] = field(default_factory=dict)
     """What else the row said (category, split, id): never shown to the model."""
+
+    @property
+    def asked(self) -> tuple[Source, str | None, tuple[str, ...]]:
+        """All that an answer to it depends on."""
+        return self.source, self.condition, self.choices

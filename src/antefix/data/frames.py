@@ -54,27 +54,31 @@ def begins_frame(text: str, labels: Sequence[str] = ()) -> bool:
 
     labels: those that there are (`IN:GET_WEATHER`); empty: any.
     """
-    cut = _CUT.search(text)
-    reading = _read(text if cut is None else text[: cut.start()], labels)
-    if reading is None or cut is None:
-        return reading is not None
-    opening = f"[{reading.next_kind}:"
-    if reading.root is not None or not (opening.startswith(cut[0]) or cut[0].startswith(opening)):
-        return False
-    return not labels or any(f"[{label}".startswith(cut[0]) for label in labels)
+    return ending(text, labels) is not None
 
 
-def num_open(text: str) -> int | None:
-    """How many brackets of a text that begins a frame are open, 0 for a text that begins none; None for a complete one.
+def ending(text: str, labels: Sequence[str] = ()) -> str | None:
+    """The shortest text that makes this beginning of a frame a whole one: the rest of its label, all brackets closed.
 
-    An opening that is cut off before its label counts.
+    Empty for a whole frame, None for what begins none. labels: those that there are; where any will do, one that
+    has no letter yet becomes `A`.
     """
     cut = _CUT.search(text)
-    reading = _read(text)
-    if reading is None:
-        reading = None if cut is None else _read(text[: cut.start()])
-        return 0 if reading is None else len(reading.open_nodes) + 1
-    return None if reading.root is not None else len(reading.open_nodes)
+    reading = _read(text if cut is None else text[: cut.start()], labels)
+    if reading is None or (reading.root is not None and cut is not None):
+        return None
+    if reading.root is not None:
+        return ""
+    rest, depth = "", len(reading.open_nodes)
+    if cut is not None or depth == 0:
+        begun, opening = "" if cut is None else cut[0], f"[{reading.next_kind}:"
+        has_a_letter = begun.startswith(opening) and begun != opening
+        every = [f"[{label}" for label in labels] or [begun if has_a_letter else f"{opening}A"]
+        fitting = [one for one in every if one.startswith(opening) and one.startswith(begun)]
+        if not fitting:
+            return None
+        rest, depth = min(fitting, key=len)[len(begun) :], depth + 1
+    return rest + " ]" * depth
 
 
 def _read(text: str, labels: Sequence[str] = ()) -> _Reading | None:

@@ -6,20 +6,34 @@ is the union of `prefix_tuning` and `adapter` with these choices.
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, model_validator
 
 from antefix.methods.adapter import AdapterConfig
 from antefix.methods.prefix_tuning import PrefixTuningConfig
 from antefix.methods.union import Union, UnionConfig
 
+_SLOTS: dict[str, Any] = {"num_virtual_tokens": 30}
+_NETWORKS: dict[str, Any] = {"form": "parallel", "width": 512, "scale": 4.0}
+
 
 class MamConfig(UnionConfig):
     """The choices of both."""
 
-    prefix_tuning: PrefixTuningConfig = Field(default_factory=lambda: PrefixTuningConfig(num_virtual_tokens=30))
+    prefix_tuning: PrefixTuningConfig = Field(default_factory=lambda: PrefixTuningConfig(**_SLOTS))
     """The slots' choices; 30 of them."""
-    adapter: AdapterConfig = Field(default_factory=lambda: AdapterConfig(form="parallel", width=512, scale=4.0))
+    adapter: AdapterConfig = Field(default_factory=lambda: AdapterConfig(**_NETWORKS))
     """The networks' choices; `parallel`, 512 wide, times 4."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_papers_where_nothing_is_said(cls, given: Any) -> Any:
+        """One choice given leaves the others the paper's, not those of the methods alone."""
+        if not isinstance(given, dict):
+            return given
+        defaults = {"prefix_tuning": _SLOTS, "adapter": _NETWORKS}
+        return {n: defaults[n] | v if n in defaults and isinstance(v, dict) else v for n, v in given.items()}
 
 
 class Mam(Union):

@@ -5,13 +5,21 @@ MR is the mean rank, MRR the mean of its inverse, Hits@k the share of ranks of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+from antefix.errors import MetricError
 
 HITS = (1, 3, 10)
 
 
 def rank(right: float, others: Sequence[float]) -> float:
-    """1 + how many others score higher + half of those that score the same: the mean over all orders of ties."""
+    """1 + how many others score higher + half of those that score the same: the mean over all orders of ties.
+
+    Raises MetricError for a score that is no number.
+    """
+    if math.isnan(right) or any(map(math.isnan, others)):
+        raise MetricError("a score is no number (nan), it has no rank: the model's likelihoods have overflowed")
     return 1 + sum(other > right for other in others) + sum(other == right for other in others) / 2
 
 

@@ -27,6 +27,7 @@ class WordHead(nn.Module):
         if not model.can_generate() or not isinstance(head, nn.Linear):
             raise PrefixError("words for labels need a causal base with an output head: leave `words` out")
         self._head = (head,)  # in a tuple: it is the base's, no part of this module
+        self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.register_buffer("word_ids", torch.tensor(list(word_ids)), persistent=False)
 
     def forward(self, states_NC: Tensor) -> Tensor:
@@ -34,7 +35,9 @@ class WordHead(nn.Module):
         (head,) = self._head
         word_ids = self.get_buffer("word_ids")
         scores = states_NC.float() @ head.weight[word_ids].float().T
-        return scores if head.bias is None else scores + head.bias[word_ids].float()
+        if head.bias is not None:
+            scores = scores + head.bias[word_ids].float()
+        return scores if self._cap is None else self._cap * torch.tanh(scores / self._cap)
 
     def kept(self) -> dict[str, Tensor]:
         """Nothing: the words stand in the card."""

@@ -6,8 +6,10 @@ base.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -159,17 +161,29 @@ def _encode_words(
     if not isinstance(source, Words):
         raise DataError("tagging needs words")
     words = list(source.words)
-    found = tokenizer(words, is_split_into_words=True)
-    if nothing := set(range(len(words))) - set(found.word_ids()):
+    ids, places = _tokenised_words(words, tokenizer, for_encoder)
+    if nothing := set(range(len(words))) - set(places):
         if tokenizer.unk_token is None:
             raise DataError(f"the tokenizer makes nothing of '{words[min(nothing)]}' (word {min(nothing) + 1})")
         words = [tokenizer.unk_token if n in nothing else word for n, word in enumerate(words)]
-        found = tokenizer(words, is_split_into_words=True)
-    chosen: dict[int, int] = {}
-    for place, word in enumerate(found.word_ids()):
-        if word is not None and (word not in chosen or not for_encoder):
-            chosen[word] = place
-    return list(found["input_ids"]), [chosen[word] for word in sorted(chosen)], False
+        ids, places = _tokenised_words(words, tokenizer, for_encoder)
+    return ids, [places[n] for n in range(len(words))], False
+
+
+def _tokenised_words(
+    words: Sequence[str], tokenizer: PreTrainedTokenizerBase, for_encoder: bool
+) -> tuple[list[int], dict[int, int]]:
+    """Token ids of words with spaces between them, as a base has read texts, and the place each is labelled at."""
+    ends = list(accumulate(len(word) + 1 for word in words))
+    found = tokenizer(" ".join(words), return_offsets_mapping=True)
+    places: dict[int, int] = {}
+    for place, (start, end) in enumerate(found["offset_mapping"]):
+        # A token may hold the space before its word: its last sign tells which that is. The space alone is no word.
+        word = bisect_right(ends, end - 1)
+        is_of_word = end > start and end < ends[word]
+        if is_of_word and (word not in places or not for_encoder):
+            places[word] = place
+    return list(found["input_ids"]), places
 
 
 def _labels_in(name: LabelTaskName, target: str) -> list[str]:

@@ -10,11 +10,13 @@ interrupted run goes on to the same bits by telling them again.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -142,7 +144,12 @@ def _search(point: nn.Parameter, step_size: float, recipe: TrainingRecipe, numbe
         import cma
     except ImportError as error:
         raise TrainingError("methods without gradients need pycma: pip install 'antefix[cma]'") from error
-    options = {"popsize": recipe.black_box.population, "seed": recipe.seed * 1009 + number + 1, "verbose": -9}
+    # By default pycma draws from, and seeds, what everybody else draws from.
+    draw = np.random.default_rng((recipe.seed % 2**64, number))
+    options = {
+        "popsize": recipe.black_box.population, "verbose": -9, "seed": math.nan,
+        "randn": lambda *shape: draw.standard_normal(shape),
+    }  # fmt: skip
     return cma.CMAEvolutionStrategy(point.detach().double().tolist(), step_size, options)
 
 
@@ -177,7 +184,7 @@ def _losses_together(
     rows = [(n, unit) for unit in units for n in range(len(candidates))]
     totals = torch.zeros(len(candidates), dtype=torch.float64)
     with attached(model, *candidates) as attachment:
-        for part in _within(rows, data, _TOKENS_AT_ONCE):
+        for part in _within(rows, feed, _TOKENS_AT_ONCE):
             index = [n for n, _ in part]
             attachment.rows = index
             batch = feed.batch([unit for _, unit in part])
@@ -192,12 +199,13 @@ def _pair_losses(batch: Batch, feed: Feed, recipe: TrainingRecipe) -> Tensor:
     return feed.row_losses(batch)
 
 
-def _within(rows: Sequence[tuple[int, Unit]], data: Encoded, tokens: int) -> list[list[tuple[int, Unit]]]:
+def _within(rows: Sequence[tuple[int, Unit]], feed: Feed, tokens: int) -> list[list[tuple[int, Unit]]]:
     """Rows of like lengths together, so many that padding included they hold at most these tokens."""
 
     def length(row: tuple[int, Unit]) -> int:
-        example = data.examples[row[1].example]
-        return len(example.source) + sum(len(example.targets[t]) for t in row[1].targets)
+        example, targets = feed.data.examples[row[1].example], row[1].targets
+        num_sources = len(targets) if feed.form == "padded" else 1
+        return num_sources * len(example.source) + sum(len(example.targets[t]) for t in targets)
 
     parts: list[list[tuple[int, Unit]]] = []
     for row in sorted(rows, key=length):

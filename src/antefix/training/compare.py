@@ -204,7 +204,7 @@ def finish(one: Run, plan: Plan, base: Base, watch: Callable[[Any], None], stop_
     if not kept.exists():
         run(prepared, one.folder / RUN_FOLDER, watch, stop_requested=stop_requested).save(kept)
     prefix = Prefix.load(kept)
-    decides = [base.fingerprint, prefix.card.model_dump_json(), repr([e.source for e in plan.test])]
+    decides = [base.fingerprint, prefix.card.model_dump_json(), repr([e.asked for e in plan.test])]
     file = GeneratedFile(one.folder / TEXTS_FILE, decides)
     left = [n for n in range(len(plan.test)) if n not in file.texts]
     with attached(base.model, prefix):

@@ -57,12 +57,9 @@ def passes(
     units = [Unit(n, unit.targets) for n, unit in enumerate(unit for share in shares for unit in share.units)]
     examples = tuple(share.data.examples[unit.example] for share in shares for unit in share.units)
     together = Encoded(examples, 0, 0, for_encoder=form == "encoder_decoder")
-    if form == "encoder_decoder":  # a row of the encoder for every row of the decoder: they carry the same prefix
-        units = [Unit(unit.example, (target,)) for unit in units for target in unit.targets]
     for part in microbatches(together, units, tokens_per_batch, packed=form == "packed"):
+        attachment.rows = [owners[unit.example].row for unit in part]
         pairs = [owners[unit.example] for unit in part for _ in unit.targets]
-        rows = [owners[unit.example] for unit in part] if form == "packed" else pairs
-        attachment.rows = [share.row for share in rows]
         losses_M = pair_losses(model, batch_of(form, together, part, model), label_smoothing)
         yield Mixed(losses_M, torch.tensor([share.owner for share in pairs], device=losses_M.device))
 

@@ -146,8 +146,8 @@ def forget(run_folder: Path) -> None:
 
 
 def data_hash(examples: Sequence[Example]) -> str:
-    """Sixteen hexadecimal digits of sources and targets, in order."""
-    return digest(*(repr((example.source, example.targets)) for example in examples))
+    """Sixteen hexadecimal digits of what is learned from, or answered, in order."""
+    return digest(*(repr((e.asked, e.targets)) for e in examples))
 
 
 def _score_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
