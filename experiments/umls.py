@@ -25,8 +25,8 @@ from typing import Any
 import antefix
 from antefix.attach import attached
 from antefix.data.example import Example
-from antefix.link_prediction import classification_scores, likelihoods, link_scores, with_one_negative
-from antefix.tasks.triples import true_triples
+from antefix.link_prediction import classification_scores, likelihoods, link_scores
+from antefix.tasks.triples import true_triples, with_one_negative
 from antefix.training.recipe import TrainingRecipe
 
 from units import ROOT, Unit, announce, best_rate, finish  # isort: skip

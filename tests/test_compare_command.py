@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import tiny_base
 from test_prefix_file import tiny_prefix
+from test_triples import graph_files
 from typer.testing import CliRunner
 
 from antefix.cli import app
@@ -67,7 +68,7 @@ def test_recipes_are_compared_and_what_is_done_is_not_done_again(folder: Path, m
 
     def watched(prepared: Any, *arguments: Any, **options: Any) -> Any:
         asked.append(prepared.method)
-        if len(asked) == 5:  # two probes, and two runs, are over
+        if len(asked) == 7:  # two probes of each recipe, and two runs, are over
             raise KeyboardInterrupt
         return train(prepared, *arguments, **options)
 
@@ -76,7 +77,7 @@ def test_recipes_are_compared_and_what_is_done_is_not_done_again(folder: Path, m
     assert {p.name for p in Path("out").iterdir() if (p / "texts.jsonl").exists()} == {"prefix-0", "scales-0"}
     said = told(*WORDS, "--json")
     assert said.exit_code == 0, said.output
-    assert len(asked) == 5 + 2 + 2, "probes, and the runs that were missing"
+    assert len(asked) == 7 + 4 + 2, "probes, and the runs that were missing"
     found = json.loads(said.stdout)
     assert found["metrics"] == ["accuracy"]
     first, second = found["rows"]
@@ -107,6 +108,59 @@ def test_runs_of_another_recipe_or_test_set_are_not_taken(folder: Path) -> None:
     assert refusal in str(told(*words, "others.csv").exception), "it was trained on other rows"
 
 
+def test_answers_to_other_choices_are_not_taken(folder: Path) -> None:
+    written = RECIPE.format(name="scales", method="ia3", config="{}", steps=2).replace("classification", "ranking")
+    Path("scales.toml").write_text(written.replace("animals.csv", "animals.jsonl").replace(
+        'reader = {source_column = "text", target_column = "label"}', ""), encoding="utf-8")  # fmt: skip
+    rows = [{"source": s, "choices": ["pet", "wild"], "target": t} for s, t in (("cat", "pet"), ("elk", "wild"))]
+
+    def write(some: list[dict[str, Any]]) -> None:
+        Path("animals.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in some), encoding="utf-8")
+
+    words = ("compare", "scales.toml", "--out", "out", "--seeds", "0", "--test", "test.jsonl")
+    write(rows)
+    Path("animals.jsonl").rename("test.jsonl")
+    write(rows)
+    assert told(*words).exit_code == 0
+    rows[0]["choices"] = ["pet", "tame"]
+    write(rows)
+    Path("animals.jsonl").rename("test.jsonl")
+    rows[0]["choices"] = ["pet", "wild"]
+    write(rows)
+    assert "holds a run of another recipe, other data or another test set" in str(told(*words).exception)
+
+
+def test_half_of_the_triples_to_tell_apart_are_false(folder: Path) -> None:
+    graph_files(folder / "graph")
+    data = {"train": "graph/train.tsv", "dev": "graph/test.tsv"}
+    made = Recipe.model_validate({"name": "lora", "method": "lora", "task": "triples", "data": data})
+    plan = compare.plan_of([made], [0], "graph/train.tsv", None, folder / "out")
+    told_apart = [e.targets for e in plan.test]
+    assert told_apart.count(("false",)) == told_apart.count(("true",)) > 1
+
+
+def test_a_search_is_as_long_as_its_candidates(folder: Path) -> None:
+    """Its budget is theirs, and what it takes is told from one generation."""
+    reader = {"source_column": "text", "target_column": "label"}
+    given: dict[str, Any] = {
+        "task": "classification", "words": {"pet": "a", "wild": "b"}, "method": "bbt", "base": "base",
+        "config": {"num_virtual_tokens": 2, "dimensions": 3},
+        "data": {"train": "animals.csv", "dev": "animals.csv", "reader": reader},
+    }  # fmt: skip
+    short, long = (
+        Recipe.model_validate({"name": f"bbt{n}", "training": {"black_box": {"candidates": n}}, **given})
+        for n in (40, 4000)
+    )
+    with pytest.raises(TrainingError, match="differ in their budget"):
+        compare.plan_of([short, long], [0], "animals.csv", None, folder / "out")
+    base = tiny_base("llama")
+    few, many = (
+        compare.expected_seconds(compare.plan_of([r], [0], "animals.csv", None, folder / "out"), lambda recipe: base)
+        for r in (short, long)
+    )
+    assert many > 5 * few
+
+
 def test_the_fewest_edits_are_the_best(folder: Path) -> None:
     plan = compare.Plan(
         recipes=tuple(map(_recipe, ("far", "near"))), seeds=(0,), metrics=("ter",), folder=folder,
@@ -133,7 +187,7 @@ def test_what_cannot_be_compared_is_told(folder: Path) -> None:
     recipe("longer", "ia3", "{}", steps=31)
     said = told("compare", "prefix.toml", "longer.toml", "--test", "animals.csv", "--out", "out")
     assert isinstance(said.exception, TrainingError)
-    assert "differ in their pairs seen" in str(said.exception)
+    assert "differ in their budget" in str(said.exception)
     said = told("compare", "prefix.toml", "prefix.toml", "--test", "animals.csv", "--out", "out")
     assert "two of the recipes have the same name" in str(said.exception)
     said = told(*WORDS[:-1], "one")

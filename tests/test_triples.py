@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from itertools import islice
@@ -23,20 +24,19 @@ from antefix.cli import app
 from antefix.data.example import Triples
 from antefix.data.linearise import TextFormat
 from antefix.data.plan import steps
-from antefix.errors import DataError, PrefixError
+from antefix.errors import DataError, MetricError, PrefixError
 from antefix.link_prediction import (
     classification_scores,
     likelihoods,
     link_ranks,
     link_scores,
-    with_one_negative,
 )
 from antefix.methods import method_class
 from antefix.metrics.ranks import rank, rank_scores
 from antefix.prefix import Prefix
 from antefix.sites import find_sites
 from antefix.tasks import LabelTask
-from antefix.tasks.triples import Triple, TripleEncoder, corrupted, true_triples, with_negatives
+from antefix.tasks.triples import Triple, TripleEncoder, corrupted, true_triples, with_negatives, with_one_negative
 from antefix.training.prepared import Prepared, prepare
 from antefix.training.recipe import TrainingRecipe
 
@@ -51,6 +51,9 @@ class TestRanks:
         assert rank(0.5, [0.9, 0.4, 0.1]) == 2
         assert rank(0.5, [0.9, 0.5, 0.5, 0.1]) == 3, "second, third or fourth: the third on average"
         assert rank(0.0, [0.0] * 10) == 6, "a model that tells nothing apart stands in the middle"
+        for right, others in ((math.nan, [0.1]), (0.1, [0.2, math.nan])):
+            with pytest.raises(MetricError, match="a score is no number"):
+                rank(right, others)
 
     def test_scores_by_hand(self) -> None:
         found = rank_scores([1, 2, 4, 20])

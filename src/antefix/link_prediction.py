@@ -7,9 +7,7 @@ which is chosen on a dev set, for true.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -21,12 +19,10 @@ from antefix.labels import scores_each
 from antefix.metrics.ranks import rank, rank_scores
 from antefix.tasks import LabelTask
 from antefix.tasks.triples import (
-    FALSE,
     HEAD,
     TAIL,
     TRUE,
     Triple,
-    corrupted,
     entities_of,
     is_true,
     triple_of,
@@ -106,21 +102,6 @@ def link_scores(
         raise DataError("the test set holds no true triple that could be ranked")
     every = [*true_triples(known), *triples]
     return rank_scores(link_ranks(likelihood, triples, entities_of(every), set(every), on_done))
-
-
-def with_one_negative(examples: Sequence[Example], known: Collection[Triple], seed: int) -> list[Example]:
-    """A set to classify: as it is where it says what is false, else with a false triple for every true one.
-
-    Of a false one head or tail, drawn by the seed, is another entity's, so that no known triple comes of it.
-    """
-    if not all(is_true(example) for example in examples):
-        return list(examples)
-    entities, draw = entities_of(known), random.Random(f"classify-{seed}")
-    made = list(examples)
-    for example in examples:
-        if (false := corrupted(triple_of(example), draw.choice((HEAD, TAIL)), entities, known, draw)) is not None:
-            made.append(replace(example, source=Triples((false,)), targets=(FALSE,)))
-    return made
 
 
 def classification_scores(likelihood: Likelihood, dev: Sequence[Example], test: Sequence[Example]) -> dict[str, float]:

@@ -25,7 +25,7 @@ def compare(
     metrics: Annotated[
         str | None, typer.Option(metavar="A,B", help="Scores, the first one decides; without: the task's own.")
     ] = None,
-    unequal: Annotated[bool, typer.Option("--unequal", help="Recipes may differ in data and pairs seen.")] = False,
+    unequal: Annotated[bool, typer.Option("--unequal", help="Recipes may differ in data and budget.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train every recipe under every seed, answer the test set, and say which does best, and for how many values.

@@ -42,9 +42,9 @@ def links(
     from antefix.attach import attached
     from antefix.cli.progress import LiveLine
     from antefix.data import read
-    from antefix.link_prediction import classification_scores, likelihoods, link_scores, with_one_negative
+    from antefix.link_prediction import classification_scores, likelihoods, link_scores
     from antefix.prefix import Prefix
-    from antefix.tasks.triples import is_true, true_triples
+    from antefix.tasks.triples import is_true, true_triples, with_one_negative
 
     kept = Prefix.load(prefix)
     tests, devs = read(test), read(dev)

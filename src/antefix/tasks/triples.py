@@ -89,6 +89,21 @@ def with_negatives(examples: Sequence[Example], negatives: int, seed: int, num_d
     return made
 
 
+def with_one_negative(examples: Sequence[Example], known: Collection[Triple], seed: int) -> list[Example]:
+    """A set to classify: as it is where it says what is false, else with a false triple for every true one.
+
+    Of a false one head or tail, drawn by the seed, is another entity's, so that no known triple comes of it.
+    """
+    if not all(is_true(example) for example in examples):
+        return list(examples)
+    entities, draw = entities_of(known), random.Random(f"classify-{seed}")
+    made = list(examples)
+    for example in examples:
+        if (false := corrupted(triple_of(example), draw.choice((HEAD, TAIL)), entities, known, draw)) is not None:
+            made.append(replace(example, source=Triples((false,)), targets=(FALSE,)))
+    return made
+
+
 class TripleEncoder:
     """Triples as token ids, by one text format and tokenizer. A graph has few texts: each is tokenised once.
 

@@ -23,15 +23,19 @@ from antefix.data.example import Example
 from antefix.digest import digest
 from antefix.errors import TrainingError
 from antefix.generated_file import GeneratedFile
+from antefix.methods import method_class
 from antefix.metrics import check_java, evaluate, load
 from antefix.metrics.bootstrap import Comparison
 from antefix.metrics.bootstrap import compare as compare_systems
 from antefix.prefix import Prefix
 from antefix.tasks import METRICS_OF
+from antefix.tasks.triples import true_triples, with_one_negative
+from antefix.training.black_box import planned_generations
 from antefix.training.identity import recipe_digest
-from antefix.training.prepared import prepare_recipe, recipe_base, recipe_examples
+from antefix.training.prepared import Prepared, prepare_recipe, recipe_base, recipe_examples
 from antefix.training.recipe import Recipe
 from antefix.training.run import answer_each, data_hash, run
+from antefix.training.schedule import evaluation_steps
 
 TEXTS_FILE, PREFIX_FOLDER, RUN_FOLDER, WORK_FILE = "texts.jsonl", "prefix", "run", "work.txt"
 _PROBED_STEPS, _PROBED_SOURCES = 2, 4
@@ -136,7 +140,7 @@ def plan_of(
     if not unequal:
         for what, values in (
             ("data", {r.data.model_dump_json(exclude={"text"}) for r in recipes}),
-            ("pairs seen (epochs, max_steps, pairs_per_step)", {str(_budget(r)) for r in recipes}),
+            ("budget (epochs, max_steps, pairs_per_step; candidates of a search)", {str(_budget(r)) for r in recipes}),
         ):
             if len(values) > 1:
                 raise TrainingError(f"the recipes differ in their {what}: make them equal, or say --unequal")
@@ -144,6 +148,9 @@ def plan_of(
     examples = [e for e in read(test, format=first.data.format, **first.data.reader) if e.targets]
     if not examples:
         raise TrainingError(f"{test}: no example has a target to compare with")
+    if first.task == "triples":
+        every = [*(e for part in recipe_examples(first) for e in part), *examples]
+        examples = with_one_negative(examples, set(true_triples(every)), seed=0)
     chosen = tuple(metrics or METRICS_OF[first.task][:1])
     check_java([name for name in chosen if load(name).NEEDS_JAVA])  # told before hours of training
     plan = Plan(
@@ -166,13 +173,15 @@ def _check_work(one: Run) -> None:
 
 def _budget(recipe: Recipe) -> tuple[str, float]:
     training = recipe.training
+    if method_class(recipe.method).is_searched:
+        return "candidates", training.black_box.candidates
     if training.max_steps is None:
         return "epochs", training.epochs
     return "pairs", training.max_steps * training.pairs_per_step
 
 
 def expected_seconds(plan: Plan, base_of: Callable[[Recipe], Base]) -> float:
-    """What all runs that are left take, from a few steps and texts of each recipe."""
+    """What all runs that are left take, from a few steps, an evaluation and some texts of each recipe."""
     total = 0.0
     for recipe in plan.recipes:
         left = sum(not r.is_done for r in plan.runs if r.recipe is recipe)
@@ -180,18 +189,37 @@ def expected_seconds(plan: Plan, base_of: Callable[[Recipe], Base]) -> float:
             continue
         base = base_of(recipe)
         prepared = prepare_recipe(recipe, base=base)
-        num_steps = prepared.num_steps
         started = time.perf_counter()
         with attached(base.model, prepared.module):
             some = list(islice(answer_each(prepared, plan.test[:_PROBED_SOURCES]), _PROBED_SOURCES))
         answering = (time.perf_counter() - started) / len(some) * len(plan.test)
-        short = prepared.training.model_copy(update={"max_steps": _PROBED_STEPS, "evaluations": 0})
-        if not prepared.module.is_searched:
-            started = time.perf_counter()
-            run(replace(prepared, training=short))
-            total += left * ((time.perf_counter() - started) / _PROBED_STEPS * num_steps)
-        total += left * answering
+        total += left * (_training_seconds(prepared) + answering)
     return total
+
+
+def _training_seconds(prepared: Prepared) -> float:
+    """Of one run: every step takes what a few take, every evaluation what one takes."""
+    training, module = prepared.training, prepared.module
+    if module.is_searched:
+        num_steps, probed = planned_generations(module, training), len(module.searched())
+        candidates = training.black_box.population * probed
+        short = training.model_copy(
+            update={"black_box": training.black_box.model_copy(update={"candidates": candidates})}
+        )
+    else:
+        num_steps, probed = prepared.num_steps, _PROBED_STEPS
+        short = training.model_copy(update={"max_steps": probed})
+    of_steps, with_evaluation = (_seconds_of(replace(prepared, training=one)) for one in (
+        short.model_copy(update={"evaluations": 0}), short.model_copy(update={"evaluations": 1})
+    ))  # fmt: skip
+    evaluations = len(evaluation_steps(num_steps, training.evaluations))
+    return of_steps / probed * num_steps + max(0.0, with_evaluation - of_steps) * evaluations
+
+
+def _seconds_of(prepared: Prepared) -> float:
+    started = time.perf_counter()
+    run(prepared)
+    return time.perf_counter() - started
 
 
 def finish(one: Run, plan: Plan, base: Base, watch: Callable[[Any], None], stop_requested: Callable[[], bool]) -> None:

@@ -210,7 +210,11 @@ def _with_negatives(
     train_examples: Sequence[Example], dev_examples: Sequence[Example], training: TrainingRecipe
 ) -> tuple[list[Example], list[Example], int]:
     """Training and dev set with false triples, the former once for every epoch; how many times that is."""
-    num_draws = math.ceil(training.epochs) if training.max_steps is None else 1
+    epochs = training.epochs
+    if training.max_steps is not None:
+        of_an_epoch = len(with_negatives(train_examples, training.negatives, training.seed))
+        epochs = training.max_steps * training.pairs_per_step / max(1, of_an_epoch)
+    num_draws = math.ceil(epochs)
     train_examples = with_negatives(train_examples, training.negatives, training.seed, num_draws)
     return train_examples, with_negatives(dev_examples, training.negatives, training.seed), num_draws
 

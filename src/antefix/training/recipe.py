@@ -102,7 +102,7 @@ class TrainingRecipe(_Section):
     default of the paper's code. Its other two divide that by the tokens of the step's longest row or target."""
     negatives: int = Field(5, ge=1)
     """Of `triples`: false ones for each of head, relation and tail of a true one. Every epoch has its own, drawn before
-    training starts and kept in memory; with `max_steps`, all epochs have those of the first."""
+    training starts and kept in memory."""
     ranking: RankingWeights = RankingWeights()
     """The losses of `ranking`, in the place of these."""
     black_box: BlackBoxRecipe = BlackBoxRecipe()

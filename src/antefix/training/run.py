@@ -20,7 +20,8 @@ from antefix.labels import label_each
 from antefix.metrics import load, score
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.processes import failing_together, is_main, rejoined, shared
-from antefix.tasks import TaskName
+from antefix.tasks import LabelTask, TaskName
+from antefix.tasks.triples import is_true, true_triples, with_one_negative
 from antefix.training.black_box import GENERATIONS_FILE, search_loop
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import Journal
@@ -151,7 +152,7 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 
 def _score_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
-    examples = [e for e in prepared.dev_examples if e.targets][: prepared.training.dev_metric_sources]
+    examples = _scored_examples(prepared)
     name = prepared.training.dev_metric
 
     def measure() -> dict[str, float]:
@@ -163,6 +164,16 @@ def _score_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
         return {f"dev_{name}": score([e.targets for e in examples], rejoined(texts), [name])[name]}
 
     return measure
+
+
+def _scored_examples(prepared: Prepared) -> list[Example]:
+    """The beginning of the dev set; of triples half are true, so that it does not pay to call all of them false."""
+    count = prepared.training.dev_metric_sources
+    if not isinstance(prepared.task, LabelTask) or prepared.task.name != "triples":
+        return [e for e in prepared.dev_examples if e.targets][:count]
+    known = set(true_triples([*prepared.train_examples, *prepared.dev_examples]))
+    true = [e for e in prepared.dev_examples if is_true(e)]
+    return with_one_negative(true[: max(1, count // 2)], known, prepared.training.seed)
 
 
 def answer_each(prepared: Prepared, examples: Sequence[Example]) -> Iterator[tuple[int, str]]:
