@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,28 @@ def until(holds: Any, seconds: float) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_who_is_not_done_when_the_time_is_up_is_told(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    asked = {"model": BASE, "prompt": "x", "max_tokens": 450, "ignore_eos": True}
+    with serving(tmp_path, "--grace", "0.1", "--name", BASE) as served, served.client() as client:
+        with (
+            ThreadPoolExecutor() as pool,
+            client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as s,
+        ):
+            whole = pool.submit(client.post, "/v1/completions", json={**asked, "n": 8})
+            lines = s.iter_lines()
+            next(lines)
+            until(lambda: client.get("/health").json()["running"] > 1, 20)
+            served.process.send_signal(signal.SIGTERM)
+            *_, last = [line for line in lines if line]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
+            reply = whole.result()
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
+        assert "retry-after" in reply.headers
+        assert served.process.wait(30) == 0
+        assert all("traceback" not in line for line in served.log())
 
 
 def test_the_death_of_the_engine_and_an_orderly_end(tmp_path: Path) -> None:

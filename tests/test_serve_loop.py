@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -286,8 +287,50 @@ def test_logits_of_no_sense_fail_their_row_alone(base: Base, tmp_path: Path) -> 
     loop.close()
     end = end_of(events, "nonsense")
     assert isinstance(end, Failed)
-    assert end.kind == "internal"
+    assert end.kind == "broken_prefix"
     assert_same_text(tokens_of(events, "good"), *alone(base, bank, good))
+
+
+def test_what_makes_no_sense_harms_nobody_who_takes_its_row(base: Base, tmp_path: Path) -> None:
+    """Its last token spoils its columns; who joins later sees none of them, though it multiplies them by nothing."""
+    bank = Bank(tmp_path / "bank")
+    for name in ("one", "two", "three"):
+        add_prefix(bank, name, base)
+    residency = Residency(base, bank, 1 << 24)
+    loop = Loop(base, residency, max_rows=3, prompt_tokens=64)
+    long, short = some_prompt(30, 1), some_prompt(4, 2)
+    loop.add(Job("stays", short, ("one",), greedy(30, ignore_eos=True)))
+    loop.add(Job("spoils", long, ("two",), greedy(30, ignore_eos=True)))
+    loop.step()
+    for layer in loop._frame.cache.layers:  # as a prefix would whose values are too large
+        layer.keys[1], layer.values[1] = math.nan, math.nan
+    events = loop.step()
+    end = end_of(events, "spoils")
+    assert isinstance(end, Failed)
+    assert end.kind == "broken_prefix"
+    jobs = [Job("short", short, ("three",), greedy(5)), Job("long", long, ("three",), greedy(5))]
+    for job in jobs:
+        loop.add(job)
+    events = run_all(loop)
+    loop.close()
+    for job in jobs:
+        assert_same_text(tokens_of(events, job.id), *alone(base, bank, job))
+
+
+def test_a_long_texts_buffers_are_not_kept_for_short_ones(base: Base, bank: Bank) -> None:
+    loop = loop_over(base, bank, max_rows=2, prompt_tokens=1000)
+    loop.add(Job("long", some_prompt(400, 1), ("p1",), greedy(3, ignore_eos=True)))
+    job = Job("short", some_prompt(4, 2), ("p2",), greedy(9, ignore_eos=True))
+    loop.add(job)
+    events: list[Event] = []
+    widths = []
+    while not loop.is_idle:
+        events += loop.step()
+        widths += [layer.keys.shape[2] for layer in loop._frame.cache.layers[:1]]
+    loop.close()
+    assert widths[0] >= 400
+    assert widths[-1] < 200
+    assert_same_text(tokens_of(events, "short"), *alone(base, bank, job))
 
 
 @pytest.mark.parametrize("seam", [(Frame, "join"), (AttachedSet, "memory_of"), (loop_module, "scores_of")])

@@ -348,6 +348,32 @@ def test_one_choice_that_fails_ends_the_others(bank: Bank) -> None:
     assert client.serving.admission.open == 0
 
 
+def test_a_stream_that_echoes_is_refused_as_any_other(bank: Bank) -> None:
+    def refuses(job: Job) -> Iterable[Event]:
+        yield Failed(job.id, "too long", "too_long")
+
+    client, _ = caller(bank, refuses)
+    error(client.post("/v1/completions", {**COMPLETION, "stream": True, "echo": True}), 400)
+
+
+@pytest.mark.parametrize("log_texts", [False, True])
+def test_what_was_sent_is_in_the_log_only_if_asked_for(
+    bank: Bank, caplog: pytest.LogCaptureFixture, log_texts: bool
+) -> None:
+    client, _ = caller(bank, log_texts=log_texts)
+    for path, wrong in (
+        ("/v1/tables", {"model": "menus", "table": "my SECRET words"}),
+        ("/v1/completions", {**COMPLETION, "model": "SECRET"}),
+        ("/v1/chat/completions", {**CHAT, "temperature": "SECRET"}),
+    ):
+        caplog.clear()
+        with caplog.at_level("INFO", "antefix.server"):
+            assert client.post(path, wrong).status_code in (400, 404)
+        (line,) = [record for record in caplog.records if record.name == "antefix.server"]
+        assert vars(line)["told"]["failed"]["status"] in (400, 404)
+        assert log_texts or "SECRET" not in str(vars(line))
+
+
 def test_our_own_faults_are_in_the_log_and_not_told_to_clients(bank: Bank, caplog: pytest.LogCaptureFixture) -> None:
     def breaks(job: Job) -> Iterable[Event]:
         raise ZeroDivisionError("a secret")
@@ -363,7 +389,10 @@ def test_our_own_faults_are_in_the_log_and_not_told_to_clients(bank: Bank, caplo
         assert fault.exc_info is not None
         assert "a secret" in str(fault.exc_info[1])
         told: dict[str, Any] = vars(line)["told"]
-        assert (told["status"], told["failed"]) == (500, error(reply, 500)["message"])
+        assert told["status"] == 500
+        assert told["failed"] == {
+            "status": 500, "code": "internal_error", "param": None, "message": error(reply, 500)["message"]
+        }  # fmt: skip
         assert reply.headers["x-request-id"] == told["request"]
     assert 'antefix_requests_total{route="/v1/completions",status="500"} 2.0' in client.get("/metrics").text
 
@@ -537,6 +566,24 @@ def test_prefixes_are_loaded_and_unloaded_as_vllm_does_loras(bank: Bank) -> None
         error(client.post("/v1/load_prefix", {"prefix_name": "x", "prefix_path": path}), 400)
     absolute = {"prefix_name": "talk", "prefix_path": str(bank.folder.absolute() / "talk")}
     assert client.post("/v1/load_prefix", absolute).status_code == 200
+
+
+def test_a_prefix_of_the_bank_goes_by_its_own_name(bank: Bank, tmp_path: Path) -> None:
+    own = Bank(tmp_path / "own")
+    own.add("first", bank["menus"])
+    client, engine = caller(own)
+    assert client.post("/v1/load_prefix", {"prefix_name": "second", "prefix_path": "first"}).status_code == 200
+    own.add("second", bank["talk"])
+    assert client.post("/v1/completions", {**COMPLETION, "model": "second"}).status_code == 200
+    assert engine.jobs[-1].prefixes == ("second",)
+
+
+def test_a_second_name_can_be_given_back_when_its_prefix_has_left_the_memory(bank: Bank) -> None:
+    client, engine = caller(bank)
+    assert client.post("/v1/load_prefix", {"prefix_name": "dishes", "prefix_path": "menus"}).status_code == 200
+    engine.loaded.clear()
+    assert client.post("/v1/unload_prefix", {"prefix_name": "dishes"}).status_code == 200
+    error(client.post("/v1/completions", {**COMPLETION, "model": "dishes"}), 404)
 
 
 def test_a_second_name_is_the_same_with_the_bases_before_it(bank: Bank) -> None:

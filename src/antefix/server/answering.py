@@ -133,7 +133,7 @@ async def _lines(
 
 
 def _event(content: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
 async def _or_nothing(pieces: AsyncGenerator[Piece], seconds: float) -> AsyncGenerator[Piece | None]:

@@ -17,7 +17,7 @@ from antefix.errors import AntefixError, one_line
 from antefix.server import VERSION, chat, completions, listing, tables
 from antefix.server.keys import Caller
 from antefix.server.limits import BodyLimit
-from antefix.server.logs import Logged, failed
+from antefix.server.logs import Logged, failed, note_refusal
 from antefix.server.refusal import Refusal
 from antefix.server.replies import Error
 from antefix.server.serving import Serving, manager_of, serving_of
@@ -63,7 +63,7 @@ def make_app(serving: Serving) -> FastAPI:
     app.get("/", include_in_schema=False)(page)
     app.mount("/page", _Page(directory=PAGE), name="page")
     app.add_middleware(BodyLimit, max_bytes=serving.rules.max_body_bytes)
-    app.add_middleware(Logged, meters=serving.meters)
+    app.add_middleware(Logged, meters=serving.meters, log_texts=serving.rules.log_texts)
     _without_422(app)
     return app
 
@@ -115,10 +115,14 @@ def _said(refusal: Refusal) -> Response:
     return JSONResponse(refusal.content(), refusal.status, headers=refusal.headers())
 
 
+def _refusal(request: Request, refusal: Refusal) -> Response:
+    note_refusal(request.state.told, refusal)
+    return _said(refusal)
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    request.state.told["failed"] = str(error)
-    return _said(error)
+    return _refusal(request, error)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -146,8 +150,7 @@ async def _not_valid(request: Request, error: Exception) -> Response:
         message = "send the body as a JSON object, with the header Content-Type: application/json"
     elif place and "param" not in first.get("ctx", {}):
         message = f"'{'.'.join(place[:6])}': {message}"
-    request.state.told["failed"] = one_line(message)
-    return _said(Refusal(400, one_line(message, 400), param=param))
+    return _refusal(request, Refusal(400, one_line(message, 400), param=param))
 
 
 def _telling(errors: Sequence[Any]) -> Any:

@@ -101,8 +101,10 @@ class TextShape:
         return {
             "tokens": [name_of(one.id) for one in scored],
             "token_logprobs": [one.logprob for one in scored],
+            # The token itself is always among them, so there may be one more than was asked for.
             "top_logprobs": [
-                None if one.logprob is None else {name_of(token): value for token, value in one.top} for one in scored
+                None if one.logprob is None else {name_of(t): v for t, v in ((one.id, one.logprob), *one.top)}
+                for one in scored
             ],
             "text_offset": [one.offset for one in scored],
         }

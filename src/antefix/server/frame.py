@@ -4,7 +4,8 @@ A row's tokens stand side by side up to the last column, with padding before the
 left; so windows, masks and roles are counted as everywhere else. The columns in use are a frame that moves to the right
 through longer buffers: a token is written in place, nothing is copied to make room for it, and only when the frame
 comes to the buffers' end it goes back to their beginning. A row that joins is copied in after the others; the last
-one takes the place of one that leaves. Sliding layers keep all columns; the model's masks do the sliding.
+one takes the place of one that leaves. Sliding layers keep all columns; the model's masks do the sliding. Padding is
+zeros: what no row sees is multiplied by nothing, and that must not be infinite.
 
 Axes: B rows, G key/value heads, S columns, T new columns, D width.
 """
@@ -20,7 +21,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 _FIRST_ROOM = 128
-"""Columns beyond what is needed, at the beginning."""
+"""Columns beyond what is needed, at least."""
 
 
 class Frame:
@@ -51,21 +52,25 @@ class Frame:
         self._make_room(last, max(self.width, width))
         for layer, source in zip(self._layers, layers, strict=True):
             if source.keys is not None:  # layers without attention have none, here as there
-                layer.keys[first:last, :, self._end - width : self._end] = source.keys[list(picked)]
-                layer.values[first:last, :, self._end - width : self._end] = source.values[list(picked)]
+                for new, old in ((layer.keys, source.keys), (layer.values, source.values)):
+                    new[first:last, :, self._end - width : self._end] = old[list(picked)]
+                    new[first:last, :, self._start : self._end - width] = 0.0
         self.num_rows = last
 
     def begin_step(self) -> None:
         """Make sure that one more column fits."""
         if self._end == self._capacity:
-            self._move(self.num_rows, self.width)
+            self._move(self.num_rows, self.width, max(self._capacity, _with_room(self.width)))
 
     def end_step(self) -> None:
         """One more column is in use."""
         self._end += 1
 
     def leave(self, row: int, longest: int) -> None:
-        """A row goes, and the last one takes its place. longest: the tokens of the longest row that stays."""
+        """A row goes, and the last one takes its place. longest: the tokens of the longest row that stays.
+
+        Buffers of which little is used by now become small again.
+        """
         last = self.num_rows - 1
         if row != last:
             for layer in self._layers:
@@ -75,7 +80,9 @@ class Frame:
         self._start = self._end - longest
         if last == 0:
             self._start = self._end = 0
-            self._layers.clear()  # a long text's buffers are not kept for short ones
+            self._layers.clear()
+        elif self._capacity > 2 * _with_room(longest):
+            self._move(last, longest, _with_room(longest))
 
     @property
     def _capacity(self) -> int:
@@ -83,25 +90,33 @@ class Frame:
 
     def _make_room(self, num_rows: int, width: int) -> None:
         if width > self._end or num_rows > len(self._layers[0].keys):
-            self._move(num_rows, width)
-        self._start = self._end - width
+            self._move(num_rows, width, max(self._capacity, _with_room(width)))
+        start = self._end - width
+        for layer in self._layers:  # a longer row was here before
+            for x in (layer.keys, layer.values):
+                x[: self.num_rows, :, start : self._start] = 0.0
+        self._start = start
 
-    def _move(self, num_rows: int, width: int) -> None:
-        """To the left end of buffers that hold so many rows and columns, and some more."""
+    def _move(self, num_rows: int, width: int, capacity: int) -> None:
+        """To the left end of buffers that hold so many rows and columns."""
         old_rows, old_width = self.num_rows, self.width
         rows = max(len(self._layers[0].keys), 1 << (num_rows - 1).bit_length())
-        capacity = max(self._capacity, width + max(width, _FIRST_ROOM))
         for layer in self._layers:
             for name in ("keys", "values"):
                 old: Tensor = getattr(layer, name)
                 used = old[:old_rows, :, self._start : self._end]
                 if (rows, capacity) == (old.shape[0], old.shape[2]):
                     new, used = old, used.clone()
-                else:  # zeros: what nobody sees must be finite all the same
+                else:
                     new = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
                 new[:old_rows, :, width - old_width : width] = used
                 setattr(layer, name, new)
         self._start, self._end = width - old_width, width
+
+
+def _with_room(width: int) -> int:
+    """Columns for so many and those to come. A step of many rows costs far more than what is copied now and then."""
+    return width + max(width // 4, _FIRST_ROOM)
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]

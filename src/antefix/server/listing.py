@@ -94,11 +94,12 @@ async def unload(asked: UnloadRequest, request: Request, caller: Annotated[Calle
     serving = serving_of(request)
     name = serving.models.resident_name(asked.prefix_name)
     serving.refuse_not_allowed(caller, (name,))
+    was_given = serving.models.forget(asked.prefix_name)
     try:
         await serving.engine.unload(name)
     except ServingError as error:
-        raise refusal_of(str(error), error.kind) from error
-    serving.models.forget(asked.prefix_name)
+        if not (was_given and error.kind == "not_found"):  # else it has left the memory before, and its name goes now
+            raise refusal_of(str(error), error.kind) from error
     tell(request, prefixes=[name])
     return f"Success: prefix '{asked.prefix_name}' removed successfully."
 

@@ -63,16 +63,22 @@ def failed(told: dict[str, Any], error: Exception) -> Refusal:
     else:
         log.error("a request failed", exc_info=error, extra={"told": {"request": told["request"]}})
         refusal = Refusal(500, f"this is our fault; the log has more under {told['request']}", code="internal_error")
-    told["failed"] = str(refusal)
+    note_refusal(told, refusal)
     return refusal
+
+
+def note_refusal(told: dict[str, Any], refusal: Refusal) -> None:
+    """For the request's line in the log: what was told instead of an answer."""
+    told["failed"] = {"status": refusal.status, "code": refusal.code, "param": refusal.param, "message": str(refusal)}
 
 
 class Logged:
     """Counts and times every request, answers one that failed by our fault, and writes its line when all is sent."""
 
-    def __init__(self, app: ASGIApp, meters: Meters) -> None:
+    def __init__(self, app: ASGIApp, meters: Meters, *, log_texts: bool) -> None:
         self._app = app
         self._meters = meters
+        self._log_texts = log_texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -103,5 +109,8 @@ class Logged:
             self._meters.requests.labels(route, str(status)).inc()
             self._meters.seconds.labels(route).observe(seconds)
             if scope["path"] not in _QUIET:
+                refused = told.get("failed")
+                if refused is not None and refused["status"] < 500 and not self._log_texts:
+                    del refused["message"]  # it quotes what was sent
                 line = {"method": scope["method"], "path": scope["path"][:200], "status": status}
                 log.info("request", extra={"told": {**line, "ms": round(1000 * seconds, 1), **told}})

@@ -10,6 +10,7 @@ Axes: T columns of a prompt, V words of the base.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -322,10 +323,9 @@ class Loop:
         length = Finished(job_id, "length", _num_slots(row))
         if sampling.max_tokens == 0:
             return [length], False
-        try:
-            chosen, logprob, top = row.sampler.next(logits_V)
-        except Exception as error:  # a prefix that makes nonsense of the logits
-            return _failed([row.job], error), False
+        if not math.isfinite(float(logits_V.max())):  # nan is the largest of all
+            return _failed([row.job], _nonsense(row)), False
+        chosen, logprob, top = row.sampler.next(logits_V)
         if chosen in row.stop_ids and not sampling.ignore_eos:
             return [Finished(job_id, "stop", _num_slots(row))], False
         row.last_id = chosen
@@ -358,6 +358,13 @@ class Loop:
             self._residency.give_back(row.taken)
         self._rows, self._joining, self._reading, self._frame = [], [], None, Frame()
         self._attached.release()
+
+
+def _nonsense(row: _Row) -> ServingError:
+    """Of logits that are no numbers."""
+    if row.carried is None:
+        return ServingError("the base makes numbers of no sense of this prompt (nan)", "internal")
+    return ServingError("the prefix makes numbers of no sense of this prompt (nan): train it anew", "broken_prefix")
 
 
 def _num_slots(row: _Row) -> int:

@@ -73,9 +73,12 @@ class Models:
         return name
 
     def resident_name(self, model: str) -> str:
-        """The same for one that may be gone from the bank, but not from memory."""
+        """The same for one that may be gone from the bank, but not from memory.
+
+        A prefix of the bank goes by its own name, though it came after another was given that.
+        """
         name = self._bare(model)
-        return self._aliases.get(name, name)
+        return name if name in self.bank else self._aliases.get(name, name)
 
     def chosen(self, model: str, more: tuple[str, ...]) -> Chosen:
         """What a request asks for. Raises Refusal for a name that is not there, and for prefixes on a prefix."""
@@ -105,9 +108,9 @@ class Models:
         if (name := self._bare(alias)) != folder:
             self._aliases[name] = folder
 
-    def forget(self, alias: str) -> None:
-        """The name that was given goes; the prefix's own stays as long as it is in the bank."""
-        self._aliases.pop(self._bare(alias), None)
+    def forget(self, alias: str) -> bool:
+        """The name that was given goes, if it was; the prefix's own stays as long as it is in the bank."""
+        return self._aliases.pop(self._bare(alias), None) is not None
 
     async def entries(self) -> dict[str, Entry]:
         """The bank's sound prefixes by name."""

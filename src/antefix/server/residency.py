@@ -15,9 +15,8 @@ from antefix.bank import Bank
 from antefix.bank.entry import Stamps, stamps_of
 from antefix.base import Base
 from antefix.data.linearise import TextFormat
-from antefix.errors import AntefixError, ServingError
+from antefix.errors import AntefixError, BankError, ServingError
 from antefix.methods.base import MethodModule
-from antefix.prefix import Prefix
 from antefix.server.carried import Carried, side_by_side
 from antefix.server.messages import Resident
 
@@ -140,12 +139,14 @@ class Residency:
     def _read(self, name: str) -> Carried:
         base = self._base
         try:
-            prefix = Prefix.load(self._bank.path(name))
+            prefix = self._bank[name]
             # The base's fingerprint is known; looking at all weights anew would take longer than reading.
             is_for_base = prefix.card.base.fingerprint == base.fingerprint
             module = prefix.module(base.model, check_base=not is_for_base).requires_grad_(False).eval()
             Attachment(base.model, [module], [module])  # raises where it does not fit
             stop = TextFormat.from_dict(prefix.card.text_format).stop_token_id(base.tokenizer)
+        except BankError as error:  # removed meanwhile
+            raise ServingError(str(error), "not_found") from error
         except AntefixError as error:
             raise ServingError(f"the prefix '{name}' cannot be used: {error}", "broken_prefix") from error
         _check_can_be_served(f"the prefix '{name}' ({prefix.card.method})", module)

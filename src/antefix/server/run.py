@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from antefix.server.serving import Rules, Serving
 from antefix.server.tokens import Tokens
 
 _LOOK_EVERY_S = 0.5
+_TO_SAY_SO_S = 5
+"""Seconds for replies to requests whose time is up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def serve(place: Place, engine: EngineSettings, rules: Rules, on_ready: Callable
 async def _until_stopped(serving: Serving, listening: socket.socket) -> None:
     config = uvicorn.Config(
         make_app(serving), log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=int(serving.rules.grace_s), timeout_keep_alive=75,
+        timeout_graceful_shutdown=math.ceil(serving.rules.grace_s) + _TO_SAY_SO_S, timeout_keep_alive=75,
     )  # fmt: skip
     server = _Server(config, serving)
     watching = asyncio.create_task(_watch(serving.engine, server))
@@ -89,6 +92,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._serving = serving
         self.engine_died = False
+        self._stopping: asyncio.Future[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -104,6 +108,8 @@ class _Server(uvicorn.Server):
 
     def _stop(self, number: int) -> None:
         self._serving.admission.stopping = True
+        if self._stopping is None:  # the engine tells open requests when their time is up; uvicorn would cut them off
+            self._stopping = asyncio.ensure_future(self._serving.engine.stop(self._serving.rules.grace_s))
         self.handle_exit(number, None)
 
 

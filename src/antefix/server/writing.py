@@ -89,10 +89,12 @@ class Choice:
 
         Whoever closes this iterator before its end cancels the job.
         """
-        if self._echo and not self.job.sampling.prompt_logprobs:
-            yield self._prompt(None)
+        echo_alone = self._echo and not self.job.sampling.prompt_logprobs
         async with aclosing(engine.stream(self.job)) as events:
             async for event in events:
+                if echo_alone and not isinstance(event, Failed):  # a job that is refused has shown nothing
+                    echo_alone = False
+                    yield self._prompt(None)
                 if isinstance(event, PromptScored):
                     yield self._prompt(event)
                 elif isinstance(event, Token):
