@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,19 @@ def test_who_is_a_relative() -> None:
         for operation in (lambda p: average(p), lambda p: interpolate(p, 0.5)):
             with pytest.raises(PrefixError, match=message):
                 operation({"one": one, "other": other})
+    pair = {"one": one, "two": two}
+    turned_round = concatenate({"two": two, "one": one}, positions="in_place")
+    both = concatenate(pair, positions="in_place")
+    average({"both": both, "child": with_card(both, parents=("both",), training={"seed": 3})})
+    for unlike in (
+        {"both": both, "turned": turned_round},
+        {"first": truncate({"one": one}, 2), "last": truncate({"one": one}, 2, keep="last")},
+    ):
+        with pytest.raises(PrefixError, match=strangers):
+            average(unlike)
+    for share in (math.nan, math.inf, 1e39):
+        with pytest.raises(PrefixError, match="weights"):
+            interpolate(pair, share)
     with pytest.raises(PrefixError, match="'two' was not made from 'start'"):
         subtract({"one": one, "two": two, "start": kept(base, seed=3)})
     for weights, message in (([1.0], "1 weights for 2"), ([1.0, -1.0], "give numbers from 0"), ([0, 0], "not all")):

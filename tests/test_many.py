@@ -185,12 +185,15 @@ def stop_after(turns: int) -> Callable[[], bool]:
 def test_a_run_that_was_stopped_ends_with_the_same_tensors(tmp_path: Path) -> None:
     base = tiny_base("llama")
     whole, made = recipe(tmp_path / "whole"), recipe(tmp_path / "stopped")
-    many(base, whole)
+    at_once: list[ManyReport] = []
+    in_parts: list[ManyReport] = []
+    many(base, whole, watch=at_once.append)
     for turns in (2, 3, 4):
         with pytest.raises(KeyboardInterrupt):
-            many(base, made, stop_requested=stop_after(turns))
+            many(base, made, watch=in_parts.append, stop_requested=stop_after(turns))
     assert list((tmp_path / "stopped" / "run" / "users").iterdir()), "those in the middle have checkpoints"
-    many(base, made)
+    many(base, made, watch=in_parts.append)
+    assert len(in_parts) <= len(at_once) + 3, "no turn is done twice"
     for one in USERS:
         assert_close(tensors(made, one), tensors(whole, one))
         assert Prefix.load(Path(made.bank) / one.name).card.training["steps"] == 5

@@ -629,8 +629,14 @@ def test_a_key_opens_what_it_says(bank: Bank, tmp_path: Path) -> None:
     assert client.post("/v1/completions", {**COMPLETION, "model": "menus"}).status_code == 200
     assert [model["root"] for model in client.get("/v1/models").json()["data"]] == ["menus"]
     several = {**COMPLETION, "antefix": {"prefixes": ["menus", "talk"]}}
-    for asked in (COMPLETION, {**COMPLETION, "model": "talk"}, several):
-        assert error(client.post("/v1/completions", asked), 403)["code"] == "model_not_allowed"
+    more = {"antefix": several["antefix"]}
+    table = {"table": "name[Fern]"}
+    for path, asked in (
+        ("/v1/completions", COMPLETION), ("/v1/completions", {**COMPLETION, "model": "talk"}),
+        ("/v1/completions", several), ("/v1/chat/completions", CHAT), ("/v1/chat/completions", {**CHAT, **more}),
+        ("/v1/tables", {**table, "model": "talk"}), ("/v1/tables", {**table, "model": BASE, **more}),
+    ):  # fmt: skip
+        assert error(client.post(path, asked), 403)["code"] == "model_not_allowed"
     error(client.get("/v1/models/talk"), 403)
     error(client.post("/v1/load_prefix", {"prefix_name": "menus"}), 403)
     error(client.get("/metrics"), 403)

@@ -100,25 +100,34 @@ def answer_all(
     for a prefix of another base.
     """
     for one in rounds(writers, sources, resident_bytes):
-        prefixes = {w.name: load(w.name) for w in one.writers if w.name is not None}
-        places = {name: n for n, name in enumerate(prefixes)}
-        first = one.writers[0]
-        chosen = [sources[n] for n in one.rows]
-        with attached(base.model, *prefixes.values()) if prefixes else nullcontext() as attachment:
-            if attachment is not None:
-                attachment.rows = [BARE if (name := writers[n].name) is None else places[name] for n in one.rows]
-            if first.task is not None:
-                answers = label_each(base, chosen, text_format=first.text_format, batch_size=batch_size)
-            else:
-                answers = generate_each(
-                    base,
-                    chosen,
-                    text_format=first.text_format,
-                    decoding=first.decoding,
-                    batch_size=batch_size,
-                    on_cut=on_cut,
-                )
-            yield from ((one.rows[place], text) for place, text in answers)
+        # In a function of its own, so that no prefix of a round is in memory when those of the next are read.
+        yield from _answered(base, one, sources, writers, load, batch_size, on_cut)
+
+
+def _answered(
+    base: Base, one: Round, sources: Sequence[Example], writers: Sequence[Writer], load: Callable[[str], Prefix],
+    batch_size: int, on_cut: Callable[[int], None],
+) -> Iterator[tuple[int, str]]:  # fmt: skip
+    """The rows of one round."""
+    prefixes = {w.name: load(w.name) for w in one.writers if w.name is not None}
+    places = {name: n for n, name in enumerate(prefixes)}
+    first = one.writers[0]
+    chosen = [sources[n] for n in one.rows]
+    with attached(base.model, *prefixes.values()) if prefixes else nullcontext() as attachment:
+        if attachment is not None:
+            attachment.rows = [BARE if (name := writers[n].name) is None else places[name] for n in one.rows]
+        if first.task is not None:
+            answers = label_each(base, chosen, text_format=first.text_format, batch_size=batch_size)
+        else:
+            answers = generate_each(
+                base,
+                chosen,
+                text_format=first.text_format,
+                decoding=first.decoding,
+                batch_size=batch_size,
+                on_cut=on_cut,
+            )
+        yield from ((one.rows[place], text) for place, text in answers)
 
 
 def _length(example: Example) -> int:

@@ -18,6 +18,7 @@ Axes: P slots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from antefix.rotary import moved
 
 Kept = Mapping[str, Prefix]
 """Prefixes by the names that they have in their bank."""
+_MOVES_SLOTS = ("concatenate", "truncate")
 _OPERATION = "operation"
 """Where a card's training record says that a prefix was not trained, but made from others."""
 
@@ -155,7 +157,8 @@ def check_relatives(parents: Kept) -> None:
         if differing := sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n)):
             found = f"{shapes.get(differing[0])} in one and {wanted.get(differing[0])} in the other"
             raise PrefixError(f"'{name}' and '{first}' are no relatives: tensor '{differing[0]}' is {found}")
-        if not (_share_a_parent(first, one, name, other) or _start_alike(one, other)):
+        share_a_parent = {first, *one.card.parents} & {name, *other.card.parents}
+        if not ((share_a_parent and _slots_are_alike(first, one, name, other)) or _start_alike(one, other)):
             raise PrefixError(
                 f"'{name}' and '{first}' are no relatives: neither do they have a parent in common, nor did they start "
                 "from the same values; train both from one prefix (config.initial_prefix), or with one config and seed"
@@ -165,17 +168,30 @@ def check_relatives(parents: Kept) -> None:
 def _summed(parents: Kept, weights: Sequence[float], operation: str) -> Prefix:
     check_relatives(parents)
     prefixes = list(parents.values())
+    if not all(map(math.isfinite, weights)):
+        raise PrefixError(f"weights {', '.join(map(str, weights))}: give finite numbers")
     tensors = {
         name: sum((w * p.tensors[name].float() for w, p in zip(weights, prefixes, strict=True)), torch.zeros(())).to(
             tensor.dtype
         )
         for name, tensor in prefixes[0].tensors.items()
     }
+    if beyond := next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None):
+        raise PrefixError(f"weights {', '.join(map(str, weights))}: '{beyond}' has no room for what they come to")
     return Prefix(tensors, _card(parents, operation, {"weights": list(weights)}))
 
 
-def _share_a_parent(first: str, one: Prefix, name: str, other: Prefix) -> bool:
-    return bool({first, *one.card.parents} & {name, *other.card.parents})
+def _slots_are_alike(first: str, one: Prefix, name: str, other: Prefix) -> bool:
+    """Whether the same slots stand at the same places in two that have a parent in common, or are parent and child."""
+    records = [p.card.training for p in (one, other)]
+    was_moved, other_was_moved = (r.get(_OPERATION) in _MOVES_SLOTS for r in records)
+    if first in other.card.parents and not other_was_moved:
+        return True
+    if name in one.card.parents and not was_moved:
+        return True
+    if not (was_moved or other_was_moved):
+        return True
+    return records[0] == records[1] and one.card.parents == other.card.parents and records[0].get("keep") != "attention"
 
 
 def _start_alike(one: Prefix, other: Prefix) -> bool:

@@ -88,7 +88,7 @@ class Bank:
         Raises BankError where there is none.
         """
         self.path(stem)
-        found = self.page(Query(stem=stem, latest=True, limit=1)).entries
+        found = self.page(Query(stem=stem, latest=True, broken=False, limit=1)).entries
         if not found:
             raise BankError(f"no prefix '{stem}' and no version of it ('{stem}.v1') in the bank '{self.folder}'")
         return found[0].name

@@ -24,7 +24,8 @@ MANY = "many"
 """Under which key of a card's training record they stand."""
 _CHANGES_NOTHING: dict[str, Any] = {
     "name": True, "bank": True, "run": True, "tags": True, "licence": True, "notes": True, "search": True,
-    "data": {"train", "dev"}, "training": {"checkpoint_seconds", "trackers"},
+    "data": {"train", "dev"}, "config": {"initial_prefix"},
+    "training": {"checkpoint_seconds", "trackers", "tokens_per_batch", "activation_checkpointing", "packed"},
 }  # fmt: skip
 
 
@@ -52,8 +53,11 @@ class Identity:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Sixteen hexadecimal digits of all that decides what is learned, the prefix that it starts from included."""
-    content = recipe.model_dump_json(exclude=_CHANGES_NOTHING)
+    """Sixteen hexadecimal digits of all that decides what is learned, the prefix that it starts from included.
+
+    Choices that are the default are left out: one that a later version adds makes no other recipe of it.
+    """
+    content = recipe.model_dump_json(exclude=_CHANGES_NOTHING, exclude_defaults=True)
     parent = recipe.method_config.parent
     started_from = "" if parent is None else sha256_of(Path(parent) / TENSORS_FILE)
     return digest(content, started_from)

@@ -52,9 +52,7 @@ class Worker:
         import torch
 
         torch.set_num_threads(threads)
-        recipe = plan.recipe
-        folders = {"bank": str(Path(recipe.bank).resolve()), "run": str(recipe.run_folder.resolve())}
-        self._plan = replace(plan, recipe=recipe.model_copy(update=folders))
+        self._plan = plan
         self._tokens_at_work = tokens_at_work
         self._stop = threading.Event()
         self._base: Base | None = None
@@ -89,6 +87,15 @@ class Worker:
         self._report = report
 
 
+def _with_whole_paths(plan: ManyPlan) -> ManyPlan:
+    """A worker has another working directory: what a recipe calls `bank` is that of who asked."""
+    recipe = plan.recipe
+    update: dict[str, Any] = {"bank": str(Path(recipe.bank).resolve()), "run": str(recipe.run_folder.resolve())}
+    if started_from := recipe.config.get("initial_prefix"):
+        update["config"] = {**recipe.config, "initial_prefix": str(Path(started_from).resolve())}
+    return replace(plan, recipe=recipe.model_copy(update=update))
+
+
 def groups_of(users: Sequence[User], num_workers: int) -> list[list[User]]:
     """Users in groups to be handed out, as even as can be."""
     wanted = min(len(users), max(num_workers * _GROUPS_EACH, -(-len(users) // USERS_IN_GROUP)))
@@ -116,7 +123,7 @@ def train_over_ray(
             where = cluster.address or "this machine"
             raise TrainingError(f"Ray at {where} is not reached: {one_line(error)}") from error
         try:
-            _Crew(ray, plan, cluster, fail, overwrite).work(watch, stop_requested)
+            _Crew(ray, _with_whole_paths(plan), cluster, fail, overwrite).work(watch, stop_requested)
         finally:
             ray.shutdown()
 
@@ -145,7 +152,11 @@ class _Crew:
         self._waiting = deque(_Group(users) for users in groups_of(plan.waiting, cluster.num_workers))
         self._at_work: dict[Any, tuple[Any, _Group]] = {}  # future -> worker, group
         self._num_done = 0
-        cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // cluster.num_workers)
+        in_all = int(ray.cluster_resources().get("CPU", 1))
+        if cluster.num_workers > in_all:  # Ray would let those without a core wait for ever
+            raise TrainingError(f"{cluster.num_workers} workers, but {in_all} cores: lower --workers")
+        cores = in_all // cluster.num_workers
+        self._bank = Bank(plan.recipe.bank)
         worker = ray.remote(num_cpus=cores, max_concurrency=2)(Worker)
         in_store = ray.put(plan)
         self._hire: Callable[[], Any] = lambda: worker.remote(in_store, cluster.tokens_at_work, cores)
@@ -173,23 +184,32 @@ class _Crew:
         try:
             failed = self._ray.get(future)
         except self._ray.exceptions.RayActorError as error:
-            group.losses += 1
-            if group.losses < _MOST_LOSSES:
-                self._waiting.appendleft(group)
-            else:
-                self._give_up(group, f"its worker was lost {group.losses} times ({type(error).__name__})")
+            self._lost(group, f"its worker was lost ({type(error).__name__})")
             if self._waiting:
                 self._hand_out(self._hire())
             return
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, AntefixError):  # of the recipe: no other group will fare better
                 raise error.cause from error
-            raise
+            self._lost(group, f"{type(error.cause).__name__}: {one_line(error.cause)}")
+            self._hand_out(worker)
+            return
         for user in group.users:
             if user.name in failed:
                 self._fail(user, failed[user.name])
+            elif user.name not in self._bank:
+                where = self._bank.folder
+                self._fail(user, f"a worker kept it, but it is not in {where}: all must see the same folders")
         self._num_done += len(group.users)
         self._hand_out(worker)
+
+    def _lost(self, group: _Group, why: str) -> None:
+        """Another try for a group, or none."""
+        group.losses += 1
+        if group.losses < _MOST_LOSSES:
+            self._waiting.appendleft(group)
+        else:
+            self._give_up(group, f"{why}, {group.losses} times")
 
     def _give_up(self, group: _Group, reason: str) -> None:
         self._num_done += len(group.users)

@@ -69,10 +69,20 @@ class Report:
 
     @property
     def worst(self) -> list[UserRow]:
-        """Failed ones first, then those who gained least over the base, or have the lowest further score."""
+        """Failed ones first, then those with the lowest further score, or who gained least over the base.
+
+        Where the base's loss is not known, those with the highest dev loss.
+        """
         done = [row for row in self.rows if row.dev_loss is not None]
         metric = next((name for row in done for name in row.scores), None)
-        done.sort(key=lambda row: row.gain if metric is None else row.scores.get(metric, 0.0))
+        base_is_known = any(row.base_dev_loss is not None for row in done)
+
+        def quality(row: UserRow) -> float:
+            if metric is not None:
+                return row.scores.get(metric, 0.0)
+            return row.gain if base_is_known else -(row.dev_loss or 0.0)
+
+        done.sort(key=quality)
         return [*(row for row in self.rows if row.outcome == "failed"), *done][:WORST]
 
     def to_dict(self) -> dict[str, Any]:
