@@ -38,6 +38,8 @@ class Query(BaseModel):
     """True: those whose card cannot be read; False: the others."""
     latest: bool = False
     """Of `menus`, `menus.v1` and `menus.v2` the last alone."""
+    after: str = ""
+    """Only names that come after this one."""
     sort: Sort = "name"
     """`changed`: by the time when the card was written."""
     descending: bool = False
@@ -87,6 +89,8 @@ def where(query: Query) -> tuple[str, list[object]]:
         also("kind = ?", int(query.broken))
     if query.latest:
         also("is_latest = 1")
+    if query.after:
+        also("name > ?", query.after)
     for word in query.text.casefold().split():
         also("words GLOB ?", _holding(word))
     return " AND ".join(parts), values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import PlainTextResponse
 
+from antefix import bank
 from antefix.bank import Entry
 from antefix.errors import ServingError
 from antefix.server.keys import Caller
@@ -18,20 +20,21 @@ from antefix.server.wire import LoadRequest, UnloadRequest
 from antefix.server.writing import refusal_of
 
 routes = APIRouter()
+_PAGE = 1000
+"""Prefixes that are looked through at once, at least."""
 
 
 @routes.get("/v1/models")
 async def models(
     request: Request,
     caller: Annotated[Caller, Depends(caller_of)],
-    search: Annotated[str, Query(max_length=200, description="In names and tags.")] = "",
+    search: Annotated[str, Query(max_length=200, description="Words in names, tags and notes.")] = "",
     tag: Annotated[str, Query(max_length=200)] = "",
     limit: Annotated[int | None, Query(ge=1, le=1_000_000)] = None,
     after: Annotated[str, Query(max_length=600, description="Only what comes after this id.")] = "",
 ) -> ModelList:
     """The base and its prefixes, those that the caller may ask for."""
     serving = serving_of(request)
-    entries = await serving.models.entries()
     resident = {one.name for one in serving.engine.resident()}
     found: list[Model] = []
     if not (tag or after) and search.lower() in serving.models.base_id.lower() and caller.may_use(()):
@@ -39,13 +42,26 @@ async def models(
     start = after.removeprefix(f"{serving.models.base_id}:")
     if after == serving.models.base_id:
         start = ""
-    for name, entry in entries.items():
+    async for entry in _entries(serving, search, tag, start, limit):
         if limit is not None and len(found) > limit:
             break
-        if name > start and _matches(entry, search.lower(), tag) and caller.may_use((name,)):
-            found.append(serving.models.prefix_model(name, _of_prefix(entry, name in resident)))
+        if caller.may_use((entry.name,)):
+            found.append(serving.models.prefix_model(entry.name, _of_prefix(entry, entry.name in resident)))
     more = limit is not None and len(found) > limit
     return {"object": "list", "data": found[:limit], "has_more": more}
+
+
+async def _entries(serving: Serving, search: str, tag: str, after: str, limit: int | None) -> AsyncIterator[Entry]:
+    """Of the bank, in pages: a caller who may use few of many takes more than one. limit: how many will do."""
+    size = None if limit is None else max(limit + 1, _PAGE)
+    while True:
+        query = bank.Query(text=search, tags=(tag,) if tag else (), after=after, broken=False, limit=size)
+        entries = await serving.models.page(query)
+        for entry in entries:
+            yield entry
+        if size is None or len(entries) < size:
+            return
+        after = entries[-1].name
 
 
 @routes.get("/v1/models/{model_id:path}")
@@ -114,12 +130,6 @@ def _folder(serving: Serving, asked: LoadRequest) -> str:
     if len(path.parts) != 1:
         raise Refusal(400, "'prefix_path' must be a folder of the bank, by its name", param="prefix_path")
     return serving.models.name_of_prefix(str(path))
-
-
-def _matches(entry: Entry, search: str, tag: str) -> bool:
-    if tag and tag not in entry.tags:
-        return False
-    return not search or search in entry.name.lower() or any(search in one.lower() for one in entry.tags)
 
 
 def _of_prefix(entry: Entry, resident: bool) -> OfPrefix:

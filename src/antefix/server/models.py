@@ -6,12 +6,11 @@ The bank's folder is looked at when somebody asks: what was added or removed sin
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from antefix.bank import Bank, Entry
+from antefix.bank import Bank, Entry, Query
 from antefix.bank.entry import Stamps, stamps_of
 from antefix.errors import BankError, PrefixError, one_line
 from antefix.server.refusal import Refusal
@@ -20,8 +19,6 @@ from antefix.server.replies import Model, OfPrefix
 if TYPE_CHECKING:
     from antefix.prefix import Card
 
-_LOOK_AGAIN_S = 60
-"""A card that is edited in its place does not change its bank's folder."""
 _MOST_CARDS = 1024
 
 
@@ -42,9 +39,6 @@ class Models:
         self.bank = bank
         self._created = int(time.time())
         self._aliases: dict[str, str] = {}
-        self._entries: dict[str, Entry] = {}
-        self._seen: tuple[int, float] = (-1, 0.0)
-        self._looking = asyncio.Lock()
         self._cards: dict[str, tuple[Stamps, Card]] = {}
 
     def id_of(self, name: str) -> str:
@@ -112,19 +106,12 @@ class Models:
         """The name that was given goes, if it was; the prefix's own stays as long as it is in the bank."""
         return self._aliases.pop(self._bare(alias), None) is not None
 
-    async def entries(self) -> dict[str, Entry]:
-        """The bank's sound prefixes by name."""
-        async with self._looking:
-            try:
-                changed = os.stat(self.bank.folder).st_mtime_ns
-                if changed != self._seen[0] or time.monotonic() - self._seen[1] > _LOOK_AGAIN_S:
-                    found = await asyncio.to_thread(self.bank.entries)
-                    self._entries = {entry.name: entry for entry in found if entry.problem is None}
-                    # As it was before: what came in between is seen next time (and so is the index that was written).
-                    self._seen = (changed, time.monotonic())
-            except (BankError, OSError) as error:
-                raise Refusal(503, f"the bank cannot be read: {one_line(error)}", retry_after=5) from error
-            return self._entries
+    async def page(self, query: Query) -> list[Entry]:
+        """A part of the bank's list. Raises Refusal (503) where there is no bank any more."""
+        try:
+            return (await asyncio.to_thread(self.bank.page, query)).entries
+        except (BankError, OSError) as error:
+            raise Refusal(503, f"the bank cannot be read: {one_line(error)}", retry_after=5) from error
 
     def card(self, name: str) -> Card:
         """What a prefix says about itself. Raises Refusal for one that is gone or broken."""
