@@ -1,4 +1,4 @@
-"""What a base costs to use and to train on, as T-Few counts it (Liu et al. 2022, arXiv 2205.05638, section 4.2)."""
+"""What a base costs to use and to train on, and a prefix to store: T-Few's accounting (arXiv 2205.05638, 4.2)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,20 @@ class FlopAToken(NamedTuple):
 
     inference: int
     training: int
+
+
+BYTES_A_VALUE = 4
+"""Kept tensors are float32."""
+
+
+def training_flop(model: PreTrainedModel, *, steps: int, rows_a_step: int, tokens_a_row: float) -> float:
+    """Of a whole training, T-Few's product: FLOP a token x tokens of a row (all choices) x rows a step x steps."""
+    return flop_a_token(model).training * tokens_a_row * rows_a_step * steps
+
+
+def storage_bytes(num_values: int) -> int:
+    """Of a kept prefix of so many values, its card left out."""
+    return BYTES_A_VALUE * num_values
 
 
 def flop_a_token(model: PreTrainedModel) -> FlopAToken:

@@ -30,6 +30,9 @@ def methods(
         rows = [row | counted(loaded, row["name"]) for row in rows]
         cost = flop_a_token(loaded.model)
     if as_json:
+        if base is not None:
+            flop = {"flop_to_read_a_token": cost.inference, "flop_to_train_on_a_token": cost.training}
+            rows = [row | flop for row in rows]
         print_json(rows)
         return
     for row in rows:
@@ -48,6 +51,9 @@ def _in_words(row: dict[str, Any]) -> str:
         lines.append(f"    {'; '.join(notes)}")
     if row.get("refusal"):
         lines.append(f"    not on this base: {row['refusal']}")
+    elif row.get("asks_for"):
+        lines.append(f"    not without a choice: {row['asks_for']}")
     elif "trained" in row:
-        lines.append(f"    trains {row['trained']:,} values, keeps {row['kept']:,} ({4 * row['kept'] / 1024:,.0f} KiB)")
+        size = f"{row['kept_bytes'] / 1024:,.0f} KiB"
+        lines.append(f"    trains {row['trained']:,} values, keeps {row['kept']:,} ({size})")
     return "\n".join(lines)

@@ -60,7 +60,7 @@ class Cartridge(PrefixTuning):
         if config.initial == "prefix":
             return super().build(base, config)
         if config.document is None:
-            raise PrefixError("a cartridge needs its document: set config.document to a text file")
+            raise PrefixError("config.document: a cartridge needs its document, name a text file")
         text = read_document(config.document)
         num_tokens = len(base.tokenizer(text, add_special_tokens=False)["input_ids"])
         if config.num_virtual_tokens is not None and config.num_virtual_tokens > num_tokens:

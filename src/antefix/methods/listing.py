@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from antefix.accounting import storage_bytes
 from antefix.base import Base
 from antefix.errors import PrefixError
 from antefix.methods import METHODS, method_class
@@ -15,20 +16,28 @@ def listed() -> list[dict[str, Any]]:
 
 
 def counted(base: Base, name: str) -> dict[str, Any]:
-    """How many values a method trains and keeps on a base at its defaults, and whether it folds; or why it cannot."""
+    """How many values a method trains and keeps on a base at its defaults, and whether it folds; or why it cannot.
+
+    `refusal`: what the base lacks. `asks_for`: what a recipe must say first, where there is no default.
+    """
     found = method_class(name)
     try:
         module = found.build(base, found.Config())
     except PrefixError as error:
-        return {"trained": None, "kept": None, "refusal": str(error)}
-    kept = module.kept_tensors()
+        why = "asks_for" if str(error).startswith("config.") else "refusal"
+        return {"trained": None, "kept": None, "kept_bytes": None, "refusal": None, "asks_for": None} | {
+            why: str(error)
+        }
+    num_kept = sum(t.numel() for t in module.kept_tensors().values())
     # In an encoder nothing is computed once for all texts: rows before its texts stay rows.
     folds = found.folds_to_key_value and module.encoder_rows() is None
     return {
         "folds_to_key_value": folds,
         "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "kept": sum(t.numel() for t in kept.values()),
+        "kept": num_kept,
+        "kept_bytes": storage_bytes(num_kept),
         "refusal": None,
+        "asks_for": None,
     }
 
 

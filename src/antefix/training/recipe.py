@@ -37,7 +37,8 @@ class DataRecipe(_Section):
     """A file, `archive.zip::member.csv`, or `hf:owner/name` (see docs/data.md)."""
     dev: str | None = None
     """The dev set; None: `dev_fraction` of the training sources, drawn with the seed."""
-    dev_fraction: float = Field(0.1, gt=0, lt=1)
+    dev_fraction: float = Field(0.1, ge=0, lt=1)
+    """0: there is none, and the last step is kept."""
     """The part of the training sources that becomes the dev set, where `dev` names none."""
     format: str | None = None
     """The reader's name; None: found by looking."""
