@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DECODER_ONLY, ENCODER_ONLY, METHOD_CONFIGS, tiny_base
-from transformers import BertTokenizer
+from transformers import BertModel, BertTokenizer
 from typer.testing import CliRunner
 
 import antefix
@@ -88,6 +88,17 @@ def test_every_kind_of_method_classifies(name: str, method: str) -> None:
     )
     with attached(base.model, prefix):
         assert set(label(base, ANIMALS)) <= {"pet", "wild"}
+
+
+@pytest.mark.parametrize("method", ["bitfit", "full"])
+def test_what_pools_is_not_trained(method: str) -> None:
+    """Labels are read off the first token's state, before an encoder's own pooler."""
+    whole = tiny_base("bert")
+    base = Base(BertModel(whole.model.config).eval(), whole.tokenizer, "tiny-bert-model")
+    training = TrainingRecipe(max_steps=2, evaluations=1)
+    prefix = antefix.train(base, ANIMALS, task="classification", method=method, training=training)
+    assert any("pooler" in name for name, _ in base.model.named_parameters())
+    assert not any("pooler" in name for name in prefix.tensors)
 
 
 @pytest.mark.parametrize("name", [*DECODER_ONLY, *ENCODER_ONLY])

@@ -43,7 +43,7 @@ def look_at_layers(model: PreTrainedModel, attention: Sequence[Site]) -> Layers:
     feeds: dict[nn.Module, nn.Module] = {}
     names = {module: name for name, module in model.named_modules()}
     blocks = tuple(dict.fromkeys(_block_of(site.module) for site in attention))
-    of_base = list(model.base_model.modules())
+    of_base = [module for name, module in model.base_model.named_modules() if not _is_unread(name)]
     embeddings = model.get_input_embeddings()
     width = int(embeddings.weight.shape[1])  # type: ignore[index]
     norms = [m for m in of_base if isinstance(w := getattr(m, "weight", None), nn.Parameter) and w.shape == (width,)]
@@ -69,8 +69,17 @@ def look_at_layers(model: PreTrainedModel, attention: Sequence[Site]) -> Layers:
         after_blocks=tuple(
             names[m] for m in dict.fromkeys(later) if m in set(of_base) and _block_of(names[m]) not in blocks
         ),
-        weights={name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("antefix.")},
+        weights={
+            name: tuple(p.shape)
+            for name, p in model.named_parameters()
+            if not (name.startswith("antefix.") or _is_unread(name))
+        },
     )
+
+
+def _is_unread(name: str) -> bool:
+    """Whether it pools BERT's last hidden states: labels are read off these themselves, before it."""
+    return "pooler" in name.split(".")
 
 
 def _bias_of(module: nn.Module) -> nn.Parameter | None:
