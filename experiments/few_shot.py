@@ -10,7 +10,8 @@ Methods with gradients take 120 steps of eight sentences; the learning rate is t
 after a third of the steps with a schedule of their own. Dev set, for rates and for the step that is kept: as many
 sentences as are trained on. Black-box tuning tries 600 candidates (8,000 in the papers): 30 generations of BBT, and
 only one for each of 30 layers of BBTv2. A forward call is one candidate on all training sentences; those on the dev set
-are not counted.
+are not counted. Budgets differ: T-Few sees 8,000 sentences, other methods with gradients 960, a search 19,200 without
+gradients. Beside them the base as it is, and the largest class. Seconds can be compared on one machine alone.
 
 Writes `results/few_shot/`; minutes on an accelerator, three and a half hours on two
 cores (two processes with one thread each).
@@ -31,9 +32,11 @@ from typing import Any
 
 import antefix
 from antefix.attach import attached
+from antefix.choices import choose_each
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat
 from antefix.metrics import score
+from antefix.tasks import RankingTask
 from antefix.training.recipe import BlackBoxRecipe, TrainingRecipe
 
 import t_few  # isort: skip
@@ -67,11 +70,13 @@ def main() -> None:
     }
     tested = TEST * TEST_TOKENS / READ
     names = {f"final_{arm}_{draw}": (arm, draw) for arm in ARMS for draw in DRAWS}
-    announce(RESULTS / "units", searches | {n: Unit(dict, seconds(a, EPOCHS) + tested) for n, (a, _) in names.items()})
+    expected = {name: seconds(arm, EPOCHS) + tested for name, (arm, _) in names.items()} | {"untrained": tested}
+    announce(RESULTS / "units", searches | {name: Unit(dict, left) for name, left in expected.items()})
     found = finish(RESULTS / "units", searches)
     best = {arm: best_rate(found, f"search_{arm}") for arm in SEARCHED}  # others have a rate of their own, or none
     finals = {name: Unit(partial(final, folder, arm, best.get(arm), draw), 0.0) for name, (arm, draw) in names.items()}
-    summary = summed(finish(RESULTS / "units", finals), majority(folder))
+    finals["untrained"] = Unit(partial(untrained, folder), tested)
+    summary = summed(finish(RESULTS / "units", finals), majority(folder), {arm: rates(arm) for arm in SEARCHED})
     (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     plot(summary, RESULTS / "few_shot.png")
 
@@ -150,15 +155,35 @@ def final(folder: Path, arm: str, rate: float | None, draw: int) -> dict[str, An
     return found
 
 
+def untrained(folder: Path) -> dict[str, Any]:
+    """The likelier word by the base alone."""
+    _, _, test = data(folder, DRAWS[0])
+    test = with_choices(test)
+    taken = dict(choose_each(smollm(), test, RankingTask(), FORMAT))
+    labels = [taken[n] for n in range(len(test))]
+    return {"accuracy": score([e.targets for e in test], labels, ["accuracy"])["accuracy"]}
+
+
+def examples_seen(arm: str, unit: dict[str, Any]) -> int:
+    """In training, each as often as it was seen."""
+    if arm in BLACK_BOX:
+        return int(unit["forward_calls"]) * len(CLASSES) * 16
+    return int(unit["steps"]) * t_few.EXAMPLES_A_STEP
+
+
 def majority(folder: Path) -> float:
     """The share of the class that most test sentences have."""
     _, _, test = data(folder, DRAWS[0])
     return max(Counter(e.targets[0] for e in test).values()) / len(test)
 
 
-def summed(found: dict[str, dict[str, Any]], largest_class: float) -> dict[str, Any]:
+def summed(
+    found: dict[str, dict[str, Any]], largest_class: float, rates_tried: dict[str, list[float]]
+) -> dict[str, Any]:
     """Of every arm the accuracy over draws, and what it took."""
-    summary: dict[str, Any] = {"majority": {"mean": largest_class}}
+    summary: dict[str, Any] = {
+        "majority": {"mean": largest_class}, "untrained": {"mean": round(found["untrained"]["accuracy"], 4)}
+    }  # fmt: skip
     for arm in ARMS:
         units = [found[f"final_{arm}_{draw}"] for draw in DRAWS]
         accuracies = [u["accuracy"] for u in units]
@@ -166,8 +191,12 @@ def summed(found: dict[str, dict[str, Any]], largest_class: float) -> dict[str, 
             "accuracy": [round(a, 4) for a in accuracies],
             "mean": round(statistics.mean(accuracies), 4),
             "standard_deviation": round(statistics.stdev(accuracies), 4),
+            "examples_seen": examples_seen(arm, units[0]),
             "seconds_of_training": [u["seconds_of_training"] for u in units],
+            "machines": [u["made_with"].get("accelerator", u["made_with"]["processor"]) for u in units],
         }
+        if tried := rates_tried.get(arm):
+            summary[arm]["best_of_the_rates_at_an_end"] = units[0]["learning_rate"] in (min(tried), max(tried))
         summary[arm] |= {
             name: units[0][name]
             for name in ("learning_rate", "trained_values", "stored_values", "steps", "forward_calls")
@@ -185,7 +214,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     for place, arm in enumerate(ARMS):
         axes.scatter([place] * len(DRAWS), summary[arm]["accuracy"], s=18)
         axes.hlines(summary[arm]["mean"], place - 0.3, place + 0.3, colors="black", linewidth=1)
-    axes.axhline(summary["majority"]["mean"], color="grey", linestyle=":", label="largest class")
+    for name, line, label in (("majority", ":", "largest class"), ("untrained", "--", "the base as it is")):
+        axes.axhline(summary[name]["mean"], color="grey", linestyle=line, label=label)
     axes.set_xticks(range(len(ARMS)), ARMS, rotation=30, ha="right")
     axes.set_ylabel(f"accuracy on {TEST} sentences")
     axes.spines[["top", "right"]].set_visible(False)

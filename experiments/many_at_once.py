@@ -4,8 +4,9 @@
 
 64 users (E2E by name and price range), 16 pairs and as many steps as make two epochs each, SmolLM2-135M in float32, in
 rounds of 16 users: in each round both arms train the same users, in turns; only the ratio within a round counts. The
-users' steps have 4 pairs, then 2 and 16. Both arms are given the fresh prefix and the loaded base; what is compared is
-preparing the users' data, their steps, and nothing else. Tensors of both arms are compared as well.
+users' steps have 4 pairs; that is the size that the ratio is about, with 2 and 16 beside it. Both arms are given the
+fresh prefix and the loaded base; what is compared is preparing the users' data, their steps, and nothing else. Tensors
+of both arms are compared as well.
 
 Finished rounds are kept in `results/many_at_once/`, all of them in `results/many_at_once.json`. `--users 4 --round 2`
 tries it. On two cores that do nothing else about two hours.
@@ -49,8 +50,9 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--round", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    base = load_base("smollm2-135m", dtype="float32")
+    base = load_base("smollm2-135m", dtype="float32", device=options.device)
     users = users_of_e2e(options.data)[: options.users]
     rounds = [users[first : first + options.round] for first in range(0, len(users), options.round)]
     seconds = 2 * options.round * PAIRS * EPOCHS * SECONDS_A_PAIR

@@ -116,6 +116,8 @@ def _run(
         process = _start(words)
         while num_kept(folder) < num_users // 3 and process.poll() is None:
             time.sleep(0.2)
+        if process.poll() is not None:
+            sys.exit(f"the command ended with {process.returncode} before it could be killed: remove {folder}")
         kill(process)
         kept = stamps(folder)
         found = {"kept_at_the_kill": len(kept)}

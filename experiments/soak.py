@@ -4,9 +4,9 @@
 
 Clients ask for texts with and without prefixes, whole and as streams; some vanish in the middle, some send what is no
 request; prefixes are loaded, unloaded, added and removed, and broken ones are put into the bank. Every request is
-answered, or told why not: any 5xx but 503 is a failure, and so is a request that nothing comes back from. Writes
-`soak.json` (counts
-by kind and status, memory of both processes) and `soak.png`.
+answered, or told why not: any 5xx but 503 is a failure, and so is a request that nothing comes back from, a job that is
+left at the end, a worker that was started again, and memory that grows. Writes `soak.json` (counts by kind and status,
+memory of both processes) and `soak.png`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from antefix.methods import method_class
 from antefix.prefix import BaseRecord, Card, Prefix
 
 MIB = 1 << 20
+NONSENSE = "nonsense"
 PROMISED = {503}
+MOST_MIB_PER_HOUR = 60
+"""Memory that grows faster is not flat."""
 NO_REQUESTS = [b"{", b"[]", b'{"model": "p0"}', b'{"model": "p0", "prompt": "\\ud800"}', b"\x00" * 64, b"[" * 5000]
 
 
@@ -84,6 +87,23 @@ class Soak:
         reply = await self.client.post("/v1/tables", json={"model": self.model(), "table": table, "max_tokens": 8})
         self.note("table", reply.status_code, reply.text)
 
+    async def chat(self) -> None:
+        asked = {"model": self.model(), "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+        reply = await self.client.post("/v1/chat/completions", json=asked)
+        self.note("chat", reply.status_code, reply.text)
+
+    async def several(self) -> None:
+        names = [f"p{n}" for n in random.sample(range(self.num_prefixes), 2)]
+        asked = {"model": "base", "antefix": {"prefixes": names}, "prompt": "Once", "max_tokens": 8}
+        reply = await self.client.post("/v1/completions", json=asked)
+        self.note("several prefixes", reply.status_code, reply.text)
+
+    async def nonsense(self) -> None:
+        """With a prefix whose numbers are too large for anything to come of them."""
+        asked = {"model": NONSENSE, "prompt": "Once", "max_tokens": 8, "temperature": 0, "logprobs": 1}
+        reply = await self.client.post("/v1/completions", json=asked)
+        self.note("nonsense", reply.status_code, reply.text)
+
     async def stream(self) -> None:
         vanishes = random.random() < 0.4
         asked = {"model": self.model(), "prompt": "Once", "max_tokens": 40, "stream": True, "ignore_eos": vanishes}
@@ -122,9 +142,12 @@ class Soak:
         self.note("removed prefix", (await self.client.post("/v1/completions", json=asked)).status_code)
 
     async def one_client(self) -> None:
-        kinds = [self.whole, self.table, self.stream, self.broken, self.loads, self.files]
+        often = {
+            self.whole: 6, self.table: 3, self.chat: 3, self.stream: 6, self.several: 2, self.broken: 2,
+            self.loads: 1, self.files: 1, self.nonsense: 1,
+        }  # fmt: skip
         while time.monotonic() < self.until:
-            kind = random.choices(kinds, [6, 4, 6, 2, 1, 1])[0]
+            (kind,) = random.choices(list(often), list(often.values()))
             try:
                 await kind()
             except httpx.HTTPError as error:
@@ -197,6 +220,7 @@ def main() -> None:
         for n in range(given.prefixes):
             random_prefix(base, 4 + n % 12).save(folder / "bank" / f"p{n}")
         spare = random_prefix(base, 5)
+        Prefix({n: t * 1e38 for n, t in spare.tensors.items()}, spare.card).save(folder / "bank" / NONSENSE)
         del base
         # Memory for fewer prefixes than there are, so that some always go.
         resident_mib = max(1, given.prefixes * spare.num_bytes // 2 // MIB)
@@ -220,7 +244,12 @@ def main() -> None:
     (given.out / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
     plot(samples, given.out / "soak.png")
     print(json.dumps({key: value for key, value in found.items() if key != "samples"}, indent=1))
-    sys.exit(bool(soak.failures) or process.returncode != 0)
+    wrong = [f"{len(soak.failures)} failures"] if soak.failures else []
+    wrong += [f"exit code {process.returncode}"] if process.returncode else []
+    wrong += [f"{health[name]} {name} at the end" for name in ("running", "waiting", "restarts") if health[name]]
+    for name in ("worker_mib_per_hour", "server_mib_per_hour"):
+        wrong += [f"{name}: {found[name]:.0f}"] if found[name] > MOST_MIB_PER_HOUR else []
+    sys.exit("; ".join(wrong) or 0)
 
 
 def shrink(base: antefix.Base, folder: str) -> None:
