@@ -5,10 +5,10 @@
 MiniLM (22 M, an encoder), one epoch of the 5,216 training triples, a two-way head trained in every arm. PALT's released
 code draws five false triples for each of head, relation and tail; here it is one, a quarter of the time (`NEGATIVES`).
 The learning rate is the best of three by the loss on 100 dev triples, and as many false ones for each place (of which
-some may be true by the other files), after two fifths of an epoch with a schedule of their own. On the test set: filtered MR, MRR and Hits@1, 3, 10 over the heads and
-tails of 100 triples of 661, drawn once, the same for all arms; and the accuracy of telling all test triples from as
-many false ones, with a threshold that is chosen on the dev set. Writes `results/umls/`; forty minutes on two cores,
-as two processes with one thread each.
+some may be true by the other files), after two fifths of an epoch with a schedule of their own. On the test set:
+filtered MR, MRR and Hits@1, 3, 10 over the heads and tails of 100 triples of 661, drawn once, the same for all arms;
+and the accuracy of telling all test triples from as many false ones, with a threshold that is chosen on the dev set.
+Writes `results/umls/`; forty minutes on two cores, as two processes with one thread each.
 """
 
 from __future__ import annotations
