@@ -70,6 +70,18 @@ def test_a_prefix_is_trained_over_it_and_fits_the_base_it_was_made_from(int8: Ba
         assert antefix.generate(whole, examples[:1])
 
 
+def test_it_is_searched_over_without_gradients(int8: Base) -> None:
+    examples = [antefix.Example(source=s, targets=(t,)) for s, t in (("a cat", "pet"), ("an elk", "wild"))]
+    training = antefix.TrainingRecipe(evaluations=1, black_box={"candidates": 30, "population": 5})
+    prefix = antefix.train(
+        int8, examples, dev=examples, method="bbt_v2", task="classification", words={"pet": "x", "wild": "y"},
+        training=training, num_virtual_tokens=2, dimensions=3,
+    )  # fmt: skip
+    assert prefix.card.training["steps"] == 6
+    with attached(int8.model, prefix):
+        assert set(antefix.label(int8, examples)) <= {"pet", "wild"}
+
+
 def test_every_slot_gets_the_gradient_of_the_base_it_was_made_from(int8: Base, folder: str) -> None:
     whole = load_base(folder, dtype="native")
     found = []

@@ -15,7 +15,7 @@ def last_hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor
     kept: list[Tensor] = []
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     # OPT's head asks its decoder, not the `base_model` around that.
-    body = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[no-untyped-call]
     handles = [body.register_forward_hook(lambda module, args, output: kept.append(output[0]))]
     if head is not None:
         handles.append(head.register_forward_pre_hook(lambda module, args: (args[0][..., :1, :],)))

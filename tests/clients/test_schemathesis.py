@@ -21,7 +21,9 @@ def test_no_request_breaks_the_server(served: Served, path: str) -> None:
     operation = schema[path][method]
 
     def holds(case: Any) -> None:
-        if isinstance(case.body, dict):
+        if isinstance(case.body, dict) and path.endswith("load_prefix"):
+            case.body["prefix_name"] = "menus" if len(str(case.body)) % 2 else case.body.get("prefix_name", "x")
+        elif isinstance(case.body, dict):
             if "n" in case.body:  # what it asks for is done, so it asks for little
                 case.body["n"] = 1
             case.body["max_tokens"] = 2
