@@ -36,7 +36,8 @@ def add_prefix(bank: Bank, name: str, base: Base, method: str = "prefix_tuning",
 
 
 def loop_over(base: Base, bank: Bank, *, max_rows: int = 16, prompt_tokens: int = 64, num_bytes: int = 1 << 24) -> Loop:
-    return Loop(base, Residency(base, bank, num_bytes), max_rows=max_rows, prompt_tokens=prompt_tokens)
+    residency = Residency(base, bank, num_bytes)
+    return Loop(base, residency, max_rows=max_rows, prompt_tokens=prompt_tokens, cache_bytes=1 << 30)
 
 
 def run_all(loop: Loop, most_steps: int = 2000) -> list[Event]:

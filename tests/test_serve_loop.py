@@ -32,7 +32,7 @@ from antefix.methods import method_class
 from antefix.prefix import Prefix
 from antefix.server import loop as loop_module
 from antefix.server.attached_set import AttachedSet
-from antefix.server.frame import Frame
+from antefix.server.frame import Frame, buffer_columns, column_bytes
 from antefix.server.loop import Loop
 from antefix.server.messages import Event, Failed, Finished, Job, PromptScored, Sampling
 from antefix.server.residency import Residency
@@ -297,7 +297,7 @@ def test_what_makes_no_sense_harms_nobody_who_takes_its_row(base: Base, tmp_path
     for name in ("one", "two", "three"):
         add_prefix(bank, name, base)
     residency = Residency(base, bank, 1 << 24)
-    loop = Loop(base, residency, max_rows=3, prompt_tokens=64)
+    loop = Loop(base, residency, max_rows=3, prompt_tokens=64, cache_bytes=1 << 30)
     long, short = some_prompt(30, 1), some_prompt(4, 2)
     loop.add(Job("stays", short, ("one",), greedy(30, ignore_eos=True)))
     loop.add(Job("spoils", long, ("two",), greedy(30, ignore_eos=True)))
@@ -314,6 +314,24 @@ def test_what_makes_no_sense_harms_nobody_who_takes_its_row(base: Base, tmp_path
     events = run_all(loop)
     loop.close()
     for job in jobs:
+        assert_same_text(tokens_of(events, job.id), *alone(base, bank, job))
+
+
+def test_who_does_not_fit_into_memory_waits(base: Base, bank: Bank) -> None:
+    room = buffer_columns(2, 30) * column_bytes(base.model)
+    loop = Loop(base, Residency(base, bank, 1 << 24), max_rows=4, prompt_tokens=500, cache_bytes=room)
+    jobs = [Job(str(n), some_prompt(20, n), ("p1",), greedy(10, ignore_eos=True)) for n in range(4)]
+    jobs.append(Job("long", some_prompt(300, 9), ("p2",), greedy(3)))
+    for job in jobs:
+        loop.add(job)
+    events: list[Event] = []
+    most = 0
+    while not loop.is_idle:
+        events += loop.step()
+        most = max(most, loop.num_running)
+    loop.close()
+    assert most == 2
+    for job in jobs:  # the long one alone, though it has not the room
         assert_same_text(tokens_of(events, job.id), *alone(base, bank, job))
 
 
@@ -342,7 +360,7 @@ def test_a_fault_while_rows_join_leaves_nobody_without_an_end(
         raise RuntimeError("no memory")
 
     residency = Residency(base, bank, 1 << 24)
-    loop = Loop(base, residency, max_rows=4, prompt_tokens=20)
+    loop = Loop(base, residency, max_rows=4, prompt_tokens=20, cache_bytes=1 << 30)
     loop.add(Job("writes", some_prompt(4, 1), ("p1",), greedy(9, ignore_eos=True)))
     events = loop.step()
     for name, tokens in (("one token", 1), ("joins", 5)):
@@ -375,7 +393,7 @@ def test_a_prefix_that_no_memory_is_left_to_read_fails_its_own_job_alone(
 
     monkeypatch.setattr(Prefix, "load", reads)
     residency = Residency(base, bank, 1 << 24)
-    loop = Loop(base, residency, max_rows=4, prompt_tokens=64)
+    loop = Loop(base, residency, max_rows=4, prompt_tokens=64, cache_bytes=1 << 30)
     for name, prefixes in (("before", ("p1",)), ("job", ("p1", "p2")), ("after", ("p3",))):
         loop.add(Job(name, some_prompt(4, 1), prefixes, greedy(3)))
     events = run_all(loop)

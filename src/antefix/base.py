@@ -70,6 +70,12 @@ class Base:
         return "int8" if is_quantised(self.model) else str(self.model.dtype).removeprefix("torch.")
 
     @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text: the tokenizer's own, and those that the model's generation config names."""
+        named = self.tokenizer.eos_token_id, getattr(self.model.generation_config, "eos_token_id", None)
+        return frozenset(i for one in named if one is not None for i in ([one] if isinstance(one, int) else one))
+
+    @property
     def context_length(self) -> int | None:
         """The most tokens the model has positions for; None where its config does not say."""
         return context_length(self.model.config)

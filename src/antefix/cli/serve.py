@@ -27,6 +27,13 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more are told to come again.")] = 256,
     max_rows: Annotated[int, typer.Option(min=1, help="Texts that are written at the same time.")] = 16,
     resident_mib: Annotated[int, typer.Option(min=1, help="Memory for prefixes, in MiB.")] = 1024,
+    cache_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Memory for keys and values of the texts at work, in MiB; others wait. Without: half of what is free.",
+        ),
+    ] = None,
     max_body_mib: Annotated[int, typer.Option(min=1, help="The longest request, in MiB.")] = 4,
     max_tokens: Annotated[
         int,
@@ -61,6 +68,7 @@ def serve(
     engine = EngineSettings(
         base=base, bank=bank, dtype=dtype, device=device, max_rows=max_rows, max_waiting=max_queue,
         resident_bytes=resident_mib * _MIB, num_threads=threads,
+        cache_bytes=None if cache_mib is None else cache_mib * _MIB,
     )  # fmt: skip
     rules = Rules(
         max_body_bytes=max_body_mib * _MIB, default_max_tokens=max_tokens, grace_s=grace, log_texts=log_texts,

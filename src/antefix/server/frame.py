@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+
+from antefix.sites import find_sites
 
 _FIRST_ROOM = 128
 """Columns beyond what is needed, at least."""
@@ -117,6 +119,17 @@ class Frame:
 def _with_room(width: int) -> int:
     """Columns for so many and those to come. A step of many rows costs far more than what is copied now and then."""
     return width + max(width // 4, _FIRST_ROOM)
+
+
+def buffer_columns(num_rows: int, width: int) -> int:
+    """How many columns the buffers of so many rows have, all rows counted."""
+    return (1 << (num_rows - 1).bit_length()) * _with_room(width)
+
+
+def column_bytes(model: PreTrainedModel) -> int:
+    """What a column of one row takes: the keys and values of a token at all layers."""
+    sites = find_sites(model).of_kinds(("self",))
+    return sum(s.num_key_value_heads * (s.key_width + s.value_width) for s in sites) * model.dtype.itemsize
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from antefix.base import Base
 from antefix.errors import AntefixError, ServingError, one_line
 from antefix.server.attached_set import AttachedSet
 from antefix.server.carried import Carried
-from antefix.server.frame import Frame, left_padded, mask_of
+from antefix.server.frame import Frame, buffer_columns, column_bytes, left_padded, mask_of
 from antefix.server.messages import Event, Failed, Finished, Job, Kind, PromptScored, Token, Top
 from antefix.server.residency import Residency
 from antefix.server.sampling import Sampler, scores_of
@@ -72,7 +72,9 @@ class _Reading:
 class Loop:
     """A base, its running batch and those that wait. Not for several threads."""
 
-    def __init__(self, base: Base, residency: Residency, *, max_rows: int, prompt_tokens: int) -> None:
+    def __init__(
+        self, base: Base, residency: Residency, *, max_rows: int, prompt_tokens: int, cache_bytes: int
+    ) -> None:
         """Raises ServingError for a base that does not write texts from left to right."""
         if not find_sites(base.model).is_causal:
             raise ServingError(
@@ -82,12 +84,12 @@ class Loop:
         self._base, self._residency = base, residency
         self._max_rows, self._prompt_tokens = max_rows, prompt_tokens
         self._attached = AttachedSet(base.model)
+        self._column_bytes, self._cache_bytes = column_bytes(base.model), cache_bytes
         self._frame = Frame()
         self._rows: list[_Row] = []
         self._joining: list[_Row] = []  # whose prompts are read in this step
         self._reading: _Reading | None = None
         self._waiting: deque[Job] = deque()
-        self._stop_ids = _stop_ids(base)
         self._num_words = int(base.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
 
     @property
@@ -156,6 +158,8 @@ class Loop:
             longest = max(len(self._waiting[0].prompt), *(len(row.ids) for row in joining), 1)
             if joining and longest * (len(joining) + 1) > self._prompt_tokens:
                 break
+            if not self._has_memory(self._waiting[0]):
+                break
             job = self._waiting.popleft()
             try:
                 joining.append(self._row(job))
@@ -163,6 +167,12 @@ class Loop:
                 events += _failed([job], error)
         if joining and self._is_read_in_pieces(joining[0]):
             self._reading = _Reading(joining.pop())
+
+    def _has_memory(self, job: Job) -> bool:
+        """Whether the batch's keys and values have room for it, at its longest. One that is alone always has."""
+        jobs = [job, *(row.job for row in (*self._rows, *self._joining))]
+        longest = max(len(one.prompt) + one.sampling.max_tokens for one in jobs)
+        return len(jobs) == 1 or buffer_columns(len(jobs), longest) * self._column_bytes <= self._cache_bytes
 
     def _row(self, job: Job) -> _Row:
         """Raises ServingError."""
@@ -173,7 +183,7 @@ class Loop:
             if carried is not None:
                 ids += [self._base.tokenizer.pad_token_id] * carried.module.num_inserted_tokens
             self._check(job, ids, carried)
-            stop_ids = self._stop_ids | ({carried.stop_token_id} if carried is not None else set())
+            stop_ids = self._base.end_token_ids | ({carried.stop_token_id} if carried is not None else set())
             return _Row(job, taken, carried, stop_ids, ids, Sampler(job.sampling))
         except Exception:
             self._residency.give_back(taken)
@@ -386,15 +396,3 @@ def _failed(jobs: Sequence[Job], error: Exception) -> list[Failed]:
     _log.error("jobs failed: %d", len(jobs), exc_info=error)
     message = f"the engine failed ({type(error).__name__}: {one_line(error)}); its log says more"
     return [Failed(job.id, message, "internal") for job in jobs]
-
-
-def _stop_ids(base: Base) -> frozenset[int]:
-    """What ends a text of the base."""
-    return frozenset(_ids_in(base.tokenizer.eos_token_id)) | frozenset(
-        _ids_in(getattr(base.model.generation_config, "eos_token_id", None))
-    )
-
-
-def _ids_in(value: Any) -> Iterator[int]:
-    if value is not None:
-        yield from ([value] if isinstance(value, int) else value)

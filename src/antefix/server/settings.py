@@ -28,6 +28,9 @@ class EngineSettings:
     prompt_tokens: int = 512
     """Of joining jobs, padding included, that are read between two tokens of the running ones; a longer prompt is read
     alone, in pieces."""
+    cache_bytes: int | None = None
+    """Memory for keys and values of the texts at work; who does not fit in waits. A text that is alone always fits.
+    None: half of what is free when the base has been loaded."""
     resident_bytes: int = 1 << 30
     """Memory for prefixes; what was used longest ago goes first."""
     num_threads: int | None = None

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from multiprocessing.connection import Connection
 
+import psutil
 import torch
 
 from antefix.bank import Bank
@@ -68,6 +69,12 @@ def _listen(connection: Connection, commands: queue.SimpleQueue[Command]) -> Non
             os._exit(0)
 
 
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
 class _Worker:
     def __init__(self, connection: Connection, commands: queue.SimpleQueue[Command], settings: EngineSettings) -> None:
         """Raises AntefixError where base or bank cannot be had."""
@@ -76,7 +83,8 @@ class _Worker:
         base = load_base(settings.base, dtype=settings.dtype, device=settings.device)
         self._residency = Residency(base, Bank(settings.bank), settings.resident_bytes)
         self._loop = Loop(
-            base, self._residency, max_rows=settings.max_rows, prompt_tokens=settings.prompt_tokens
+            base, self._residency, max_rows=settings.max_rows, prompt_tokens=settings.prompt_tokens,
+            cache_bytes=settings.cache_bytes or _free_bytes(base.model.device) // 2,
         )  # fmt: skip
         self._connection, self._commands = connection, commands
         self._pace = _Pace()
