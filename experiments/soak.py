@@ -15,11 +15,8 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +32,8 @@ import antefix
 from antefix import embedded
 from antefix.methods import method_class
 from antefix.prefix import BaseRecord, Card, Prefix
+
+from served import served  # isort: skip
 
 MIB = 1 << 20
 NONSENSE = "nonsense"
@@ -224,10 +223,9 @@ def main() -> None:
         del base
         # Memory for fewer prefixes than there are, so that some always go.
         resident_mib = max(1, given.prefixes * spare.num_bytes // 2 // MIB)
-        command = ["serve", "--base", named, "--name", "base", "--bank", str(folder / "bank"), "--port", "0", "--json"]
-        options = ["--resident-mib", str(resident_mib), "--max-queue", "8", "--max-rows", "8"]
-        with open(given.out / "server.log", "w") as log, start([*command, *options], log) as process:
-            address = read_address(process)
+        words = ["--base", named, "--name", "base", "--bank", str(folder / "bank")]
+        words += ["--resident-mib", str(resident_mib), "--max-queue", "8", "--max-rows", "8"]
+        with open(given.out / "server.log", "w") as log, served(words, log) as (process, address):
             soak = Soak(address, folder / "bank", spare, given.prefixes)
             samples = asyncio.run(soak.run(given.minutes, given.clients, process.pid))
             with contextlib.suppress(httpx.HTTPError):
@@ -256,32 +254,6 @@ def shrink(base: antefix.Base, folder: str) -> None:
     config = AutoConfig.for_model(**{**base.model.config.to_dict(), "num_hidden_layers": 2})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def start(words: list[str], log: Any) -> Any:
-    """The server; in the end it is stopped as Ctrl-C does."""
-    command = [Path(sys.executable).with_name("antefix"), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ)
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def read_address(process: Any) -> str:
-    said = ""
-    while not said.rstrip().endswith("}"):
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit("the server did not start: server.log says why")
-        said += line
-    return str(json.loads(said)["address"])
 
 
 if __name__ == "__main__":
