@@ -40,7 +40,8 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1]).resolve()
-    units = {f"{name}_seed_{seed}": Unit(partial(run, folder, name, seed), 280.0) for name in ARMS for seed in SEEDS[name]}
+    names = {f"{name}_seed_{seed}": (name, seed) for name in ARMS for seed in SEEDS[name]}
+    units = {unit: Unit(partial(run, folder, *what), 450.0) for unit, what in names.items()}
     announce(RESULTS / "units", units)
     found = finish(RESULTS / "units", units)
     (RESULTS / "summary.json").write_text(json.dumps(summary(found), indent=1) + "\n", encoding="utf-8")
