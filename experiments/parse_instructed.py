@@ -5,7 +5,7 @@
 
 Two one-sentence references of one E2E table are a sentence and its paraphrase; what is given beside the sentence is the
 paraphrase's constituent tree without words (link-grammar's), of at most 100 tokens. At most 2,000 training pairs, seen
-three times, the same in every step of every arm; the learning rate is the best of several by dev loss after a quarter of
+three times, the same in every step of every arm; the learning rate is the best of some by dev loss after a quarter of
 the steps; one seed. Beams of 4 write the paraphrases of at most 200 test pairs: BLEU; template match (of all pairs,
 those whose trees cut to two levels below the root are the same); the mean tree edit distance over outputs that the
 parser can parse, and how many these are. The parser's ceiling is what the references themselves get. Writes
