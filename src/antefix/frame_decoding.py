@@ -74,9 +74,8 @@ class OnlyFrames(LogitsProcessor):
         rest = ending(text, self._labels)
         if rest is None:
             return None
-        found: list[int] = tokenizer(rest.lstrip() if text.endswith(" ") else rest, add_special_tokens=False)[
-            "input_ids"
-        ]
+        unspaced = rest.lstrip() if text.endswith(" ") else rest
+        found: list[int] = tokenizer(unspaced, add_special_tokens=False)["input_ids"]
         return found
 
 
