@@ -6,11 +6,11 @@
 Two one-sentence references of one E2E table are a sentence and its paraphrase; what is given beside the sentence is the
 paraphrase's constituent tree without words (link-grammar's), of at most 100 tokens. At most 2,000 training pairs, seen
 three times, the same in every step of every arm; the learning rate is the best of some by dev loss after a quarter of
-the steps; one seed. Then the same on an easier ground: the base has learnt to paraphrase before, all weights of it,
-without trees, so that the syntax alone is left to learn. Beams of 4 write the paraphrases of at most 200 test pairs:
-BLEU; template match (of all pairs, those whose trees cut to two levels below the root are the same); the mean tree edit
-distance over outputs that the parser can parse, and how many these are. The parser's ceiling is what the references
-themselves get. Writes `results/parse_instructed/`; an hour and a half on two cores.
+the steps; one seed. Then an easier control: the sentence itself is given with a third of its words masked, as the base
+knows it from its pretraining, and its tree says what is to be filled in. Beams of 4 write the paraphrases of at most
+200 test pairs: BLEU; template match (of all pairs, those whose trees cut to two levels below the root are the same);
+the mean tree edit distance over outputs that the parser can parse, and how many these are. The parser's ceiling is what
+the references themselves get. Writes `results/parse_instructed/`; an hour and a half on two cores.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from antefix.training.recipe import TrainingRecipe
 
 from constituents import edit_distance, parsed  # isort: skip
 from few_labels import kept_dev_loss  # isort: skip
-from small_bart import MODEL  # isort: skip
+from small_bart import MASK, MODEL  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
 RESULTS, WORK = ROOT / "results" / "parse_instructed", ROOT / "experiments" / "work" / "parse_instructed"
 PAIRS = {"trainset": 2000, "devset": 150, "testset_w_refs": 200}
 SEEDS, EPOCHS, SLOTS, LONGEST_WORDS = (0,), 3.0, 100, 20
 FULL = "full"
-TAUGHT, TAUGHT_RATE = WORK / "taught", 1e-3
 RATES = {
     "prefix_tuning": (2e-2, 5e-2, 1.5e-1, 0.5, 1.5),
     "pip_direct": (2e-2, 5e-2, 1.5e-1, 0.5, 1.5),
     "pip_indirect": (2e-2, 5e-2, 1.5e-1, 0.5, 1.5),
     FULL: (1e-4, 3e-4, 1e-3, 3e-3),
 }
-TAUGHT_RATES = {arm: rates[2:4] for arm, rates in RATES.items()}
-"""Over the base that paraphrases: around the best of those."""
+MASKED_RATES = {arm: (1e-4, 3e-4, 1e-3) if arm == FULL else (5e-2, 1.5e-1, 0.5) for arm in RATES}
+SPAN_BEGINS = 0.2
+"""At how many words a masked span of one to three words begins."""
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     }
     ceiling = {"ceiling": Unit(partial(judged_references, data["testset_w_refs"]), 60.0)}
     summary = summed(finish(RESULTS / "units", finals | ceiling))
-    summary["taught"] = after_teaching(data)
+    summary["masked"] = filled_in(data)
     (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
@@ -128,49 +128,56 @@ def spaced(tree: str) -> str:
     return " ".join(tree.replace("(", " ( ").replace(")", " ) ").split())
 
 
-def after_teaching(data: dict[str, list[Example]]) -> dict[str, Any]:
-    """The arms over a base that paraphrases, each at the better of the two rates around its best one before."""
-    finish(RESULTS / "units", {"taught": Unit(partial(teach, data), 300.0)})
+def filled_in(data: dict[str, list[Example]]) -> dict[str, Any]:
+    """The easier control, with units of its own."""
+    data = {name: masked(examples) for name, examples in data.items()}
     searches = {
-        f"taught_search_{arm}_{rate:g}": Unit(partial(one, data, arm, rate, 0, is_final=False, start=TAUGHT), 60.0)
-        for arm, rates in TAUGHT_RATES.items()
+        f"masked_search_{arm}_{rate:g}": Unit(partial(one, data, arm, rate, 0, is_final=False), 100.0)
+        for arm, rates in MASKED_RATES.items()
         for rate in rates
     }
     found = finish(RESULTS / "units", searches)
     best = {
-        arm: min(rates, key=lambda r, a=arm: found[f"taught_search_{a}_{r:g}"]["dev_loss"])
-        for arm, rates in TAUGHT_RATES.items()
+        arm: min(rates, key=lambda r, a=arm: found[f"masked_search_{a}_{r:g}"]["dev_loss"])
+        for arm, rates in MASKED_RATES.items()
     }
     finals = {
-        f"taught_final_{arm}": Unit(partial(one, data, arm, rate, 0, is_final=True, start=TAUGHT), 300.0)
+        f"masked_final_{arm}": Unit(partial(one, data, arm, rate, 0, is_final=True), 350.0)
         for arm, rate in best.items()
     }
-    done = finish(RESULTS / "units", {"taught": Unit(dict, 0.0)} | finals)
-    summary = {"base": rounded(done["taught"])}
-    return summary | {arm: rounded(done[f"taught_final_{arm}"]) for arm in TAUGHT_RATES}
+    finals["masked_base"] = Unit(partial(as_it_is, data["testset_w_refs"]), 20.0)
+    done = finish(RESULTS / "units", finals)
+    rounded = {name: {key: round(value, 4) for key, value in unit["test"].items()} for name, unit in done.items()}
+    summary = {"base, without trees": rounded.pop("masked_base")}
+    for name, test in rounded.items():
+        unit = done[name]
+        what = {"learning_rate": unit["learning_rate"], "dev_loss": round(unit["dev_loss"], 4)}
+        summary[name.removeprefix("masked_final_")] = what | test
+    return summary
 
 
-def rounded(unit: dict[str, Any]) -> dict[str, Any]:
-    return {"dev_loss": round(unit["dev_loss"], 4), **{name: round(value, 4) for name, value in unit["test"].items()}}
+def masked(examples: list[Example]) -> list[Example]:
+    """The source is the target, spans of about a third of its words masked, and its tree."""
+    draw, made = random.Random(0), []
+    for example in examples:
+        words, left = example.targets[0].split(), []
+        while words:
+            left += words[:1] if draw.random() > SPAN_BEGINS else [MASK]
+            words = words[1:] if left[-1] != MASK else words[draw.randint(1, 3) :]
+        text = " ".join(left)
+        made.append(replace(example, source=f"{text} {example.condition}", labels={"sentence": text}))
+    return made
 
 
-def teach(data: dict[str, list[Example]]) -> dict[str, Any]:
-    """All weights of the base learn to paraphrase without trees; what the test's paraphrases then are like."""
+def as_it_is(test: list[Example]) -> dict[str, Any]:
+    """What the base fills in, without trees."""
     base = antefix.load_base(str(MODEL))
-    train, dev, test = ([replace(e, source=e.labels["sentence"]) for e in some] for some in data.values())
-    training = TrainingRecipe(epochs=EPOCHS, learning_rate=TAUGHT_RATE, evaluations=4, tokens_per_batch=4096)
-    prefix = antefix.train(base, train, dev=dev, method=FULL, training=training)
-    made = antefix.merged(base, prefix)
-    made.model.save_pretrained(TAUGHT)
-    made.tokenizer.save_pretrained(TAUGHT)
-    return {"dev_loss": kept_dev_loss(prefix), "test": judged(test, written(made, test))}
+    return {"test": judged(test, written(base, [replace(e, source=e.labels["sentence"]) for e in test]))}
 
 
-def one(
-    data: dict[str, list[Example]], arm: str, rate: float, seed: int, *, is_final: bool, start: Path = MODEL
-) -> dict[str, Any]:
-    """Train; the dev loss, and at the end what is written for the test pairs. start: the base."""
-    base = antefix.load_base(str(start))
+def one(data: dict[str, list[Example]], arm: str, rate: float, seed: int, *, is_final: bool) -> dict[str, Any]:
+    """Train; the dev loss, and at the end what is written for the test pairs."""
+    base = antefix.load_base(str(MODEL))
     train, dev, test = data.values()
     epochs = EPOCHS if is_final else EPOCHS / 4
     training = TrainingRecipe(epochs=epochs, learning_rate=rate, seed=seed, evaluations=4, tokens_per_batch=4096)
