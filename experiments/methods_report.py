@@ -91,9 +91,7 @@ def _plot(summary: dict[str, Any], path: Path) -> None:
     quality.set_xlabel("dev loss, nats a token")
     bleu.set_xlabel("BLEU of 100 test inputs")
     time.set_xlabel("time, times prefix-tuning's")
-    time.set_xscale("log", base=2)
-    time.xaxis.set_major_formatter("{x:g}")
-    time.legend(frameon=False, fontsize=8)
+    time.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     memory.set_xlabel("peak memory of a step, MiB")
     for axes in (quality, bleu, time, memory):
         axes.grid(axis="y", linewidth=0.4)
