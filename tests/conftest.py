@@ -198,7 +198,7 @@ METHOD_CONFIGS: dict[str, dict[str, Any]] = {
     "infix": _SLOTS,
     "llama_adapter": {"num_virtual_tokens": 5, "initial_gate": 0.7},
     "lora": {"rank": 3, "initial_scale": 0.5},
-    "mam": {"prefix_tuning": _SLOTS, "adapter": {"form": "parallel", "width": 4, "initial_scale": 0.5}},
+    "mam": {"prefix_tuning": _SLOTS, "adapter": {"width": 4, "initial_scale": 0.5, "scale": 1.0}},
     "ntk_attention": {"initial_scale": 1.0},
     "p_tuning_v2": {**_SLOTS, "dropout": 0.0},
     "palt": {"begin": 2, "middle": 1, "end": 1, "embedding_width": 7, "initial_scale": 0.2},

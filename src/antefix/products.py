@@ -69,6 +69,7 @@ def takes_onednn(layer: nn.Module, x: Tensor) -> bool:
     assert isinstance(weight, Tensor)
     return (
         type(layer) in _BY_TORCH
+        and type(weight) in (Tensor, nn.Parameter)  # a quantised one calls itself float32 too
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not weight.requires_grad
