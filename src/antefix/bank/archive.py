@@ -78,7 +78,8 @@ def unpack(
             taken = [name for name in packed if os.path.lexists(bank.path(name))]
             if taken and not skip_taken:
                 raise BankError(_taken(taken, bank))
-            chosen = [name for name in packed if name not in set(taken)]
+            left_alone = set(taken)
+            chosen = [name for name in packed if name not in left_alone]
             if chosen:
                 bank.folder.mkdir(parents=True, exist_ok=True)
                 with atomic.scratch_folder(bank.folder / "unpacked") as scratch:

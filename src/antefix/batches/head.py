@@ -119,10 +119,11 @@ def _forward(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 @contextmanager
 def _rows_of_targets(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
-    sources = [] if batch.source_of_row is None else batch.source_of_row.tolist()
-    if len(set(sources)) == len(sources):
+    attachment = current_attachment(model)
+    if batch.source_of_row is None or attachment is None or attachment.rows is None:
         yield
         return
+    sources = batch.source_of_row.tolist()
     with rows_of_batch(model, rows_of_sources(model, len(set(sources))), sources):
         yield
 

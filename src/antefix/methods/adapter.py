@@ -57,7 +57,7 @@ class Adapter(AtLinear[Layer]):
 
     @classmethod
     def default_learning_rate(cls, config: Any) -> float:
-        """3e-3: what T-Few trains adapters with, by Adafactor; here it fits AdamW too."""
+        """3e-3: the number that T-Few trains adapters with, there of Adafactor."""
         return 3e-3
 
     @classmethod

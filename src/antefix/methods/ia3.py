@@ -58,7 +58,7 @@ class IA3(AtLinear[LinearSite]):
 
     @classmethod
     def default_learning_rate(cls, config: Any) -> float:
-        """3e-3: the number of section 3.5, which has Adafactor; here it fits AdamW too."""
+        """3e-3: the number of section 3.5, there of Adafactor, whose steps are scaled by a parameter's size."""
         return 3e-3
 
     @classmethod

@@ -25,9 +25,7 @@ def counted(base: Base, name: str) -> dict[str, Any]:
         module = found.build(base, found.Config())
     except PrefixError as error:
         why = "asks_for" if str(error).startswith("config.") else "refusal"
-        return {"trained": None, "kept": None, "kept_bytes": None, "refusal": None, "asks_for": None} | {
-            why: str(error)
-        }
+        return dict.fromkeys(("trained", "kept", "kept_bytes", "refusal", "asks_for")) | {why: str(error)}
     num_kept = sum(t.numel() for t in module.kept_tensors().values())
     # In an encoder nothing is computed once for all texts: rows before its texts stay rows.
     folds = found.folds_to_key_value and module.encoder_rows() is None

@@ -148,14 +148,15 @@ def plan_of(
     examples = [e for e in read(test, format=first.data.format, **first.data.reader) if e.targets]
     if not examples:
         raise TrainingError(f"{test}: no example has a target to compare with")
+    read_by = {r.name: recipe_examples(r) for r in recipes}
     if first.task == "triples":
-        every = [*(e for part in recipe_examples(first) for e in part), *examples]
+        every = [*(e for part in read_by[first.name] for e in part), *examples]
         examples = with_one_negative(examples, set(true_triples(every)), seed=0)
     chosen = tuple(metrics or METRICS_OF[first.task][:1])
     check_java([name for name in chosen if load(name).NEEDS_JAVA])  # told before hours of training
     plan = Plan(
         recipes=tuple(recipes), seeds=tuple(seeds), test=examples, metrics=chosen, folder=folder,
-        data={r.name: digest(*map(data_hash, (*recipe_examples(r), examples))) for r in recipes},
+        data={r.name: digest(*map(data_hash, (*read_by[r.name], examples))) for r in recipes},
     )  # fmt: skip
     for one in plan.runs:
         _check_work(one)
