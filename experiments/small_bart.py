@@ -5,7 +5,7 @@
 Denoising (Lewis et al. 2020, arXiv 1910.13461: spans of 30 % of the tokens, their lengths from Poisson(3), each become
 one mask) on the texts of WebNLG's training set and of DART's dev and test files, without what these have from E2E:
 that is the new task of the experiments. Keeps model and tokenizer in `experiments/work/small_bart/`, figures in
-`results/small_bart.json`; at most 40 minutes on two cores. Interrupted, it goes on from its last checkpoint.
+`results/small_bart.json`; half an hour on two cores. Interrupted, it goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ FOLDER = ROOT / "experiments" / "work" / "small_bart"
 CHECKPOINT, MODEL = FOLDER / "checkpoint.pt", FOLDER / "model"
 RESULT = ROOT / "results" / "small_bart.json"
 VOCABULARY, LONGEST = 6000, 64
-STEPS, ROWS, WARMUP, RATE = 1900, 48, 150, 1e-3
+STEPS, ROWS, WARMUP, RATE = 1500, 48, 150, 1e-3
+INIT_STD = 0.04
+"""BART's own 0.02 is for rows four times as wide: at this width all scores of cross-attention start out near zero, and
+the decoder learns the texts by heart before it looks at its encoder."""
 MASKED, SPAN = 0.3, 3.0
 SECONDS_BETWEEN_CHECKPOINTS = 60
 DEV_ROWS = 480
@@ -80,7 +83,7 @@ def trained(model: BartForConditionalGeneration, train: Sequence[list[int]], tok
     started = saved = time.perf_counter()
     for step in range(first, STEPS):
         model.train()
-        loss = denoising_loss(model, half_shuffled(rows_of_step(train, step), step), tokenizer, seed=step)
+        loss = denoising_loss(model, rows_of_step(train, step), tokenizer, seed=step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -127,7 +130,7 @@ def config(tokenizer: BartTokenizerFast) -> BartConfig:
     return BartConfig(
         vocab_size=len(tokenizer), max_position_embeddings=512, d_model=256, encoder_layers=4, decoder_layers=4,
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=1024, decoder_ffn_dim=1024,
-        dropout=0.1, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        dropout=0.1, init_std=INIT_STD, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.eos_token_id,
         forced_eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
@@ -155,15 +158,6 @@ def denoising_loss(
     labels = padded(rows, -100)
     loss: Tensor = model(input_ids=noisy, attention_mask=(noisy != pad).long(), labels=labels).loss
     return loss
-
-
-def half_shuffled(rows: Sequence[list[int]], seed: int) -> list[list[int]]:
-    """Every second text with its tokens in another order: what comes next stands in the source, and nowhere else.
-
-    Without these a decoder so small learns the texts by heart, and never looks at its encoder.
-    """
-    draw = random.Random(f"order-{seed}")
-    return [[r[0], *draw.sample(r[1:-1], len(r) - 2), r[-1]] if n % 2 else r for n, r in enumerate(rows)]
 
 
 def masked(ids: list[int], mask: int, draw: np.random.Generator) -> list[int]:
