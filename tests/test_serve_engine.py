@@ -194,6 +194,26 @@ def test_a_worker_that_is_killed_fails_its_streams_and_is_restarted(folder: Path
     run(body)
 
 
+def test_a_worker_that_hangs_is_ended_and_started_again(folder: Path, run: Run) -> None:
+    async def body() -> None:
+        async with engine_over(folder, silent_s=2.0) as engine:
+            pid = engine.worker_pid
+            assert pid is not None
+            await asyncio.sleep(3.0)
+            assert engine.worker_pid == pid  # to have nothing to do is not to hang
+            task = asyncio.create_task(all_of(engine, Job("job", (5,), ("menus",), FOREVER)))
+            await until(lambda: engine.status().running == 1)
+            os.kill(pid, signal.SIGSTOP)
+            last = (await task)[-1]
+            assert isinstance(last, Failed)
+            assert last.kind == "unavailable"
+            await until(lambda: engine.alive)
+            assert engine.worker_pid != pid
+            assert isinstance((await all_of(engine, Job("again", (5,), ("menus",), greedy(3))))[-1], Finished)
+
+    run(body)
+
+
 def test_too_many_deaths_in_a_row_are_the_end(folder: Path, run: Run) -> None:
     async def body() -> None:
         async with engine_over(folder, max_restarts=0) as engine:

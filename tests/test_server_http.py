@@ -705,6 +705,33 @@ def test_a_full_queue_is_a_429_and_room_is_given_back(bank: Bank) -> None:
     assert "retry-after" in reply.headers
 
 
+def test_a_client_that_reads_no_more_gives_its_room_back(bank: Bank) -> None:
+    client, _ = caller(bank, writes("a" * 50), unread_s=0.2)
+    content = json.dumps({**COMPLETION, "max_tokens": 50, "stream": True}).encode()
+    requests: list[dict[str, Any]] = [{"type": "http.request", "body": content, "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return requests.pop(0) if requests else await asyncio.Future()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 3:
+            assert client.serving.admission.open == 1
+            await asyncio.Future()
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
+        "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
+        "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    asyncio.run(asyncio.wait_for(client.app(scope, receive, send), 10))
+    assert client.serving.admission.open == 0
+    assert len(sent) == 3
+    assert sent[-1]["more_body"]
+    assert "antefix_clients_gone_total 1.0" in client.get("/metrics").text
+
+
 def test_health_is_the_engines_not_the_ports(bank: Bank) -> None:
     client, engine = caller(bank)
     assert client.get("/health").json()["status"] == "ok"

@@ -181,7 +181,7 @@ def _tell_gone(request: Request) -> None:
 
 
 class _EventStream(Response):
-    """Sends lines until they end or the client is gone; either way their jobs end and their room is given back."""
+    """Sends lines until they end, or the client is gone or reads no more; then their jobs end, their room is free."""
 
     media_type = "text/event-stream"
 
@@ -212,9 +212,16 @@ class _EventStream(Response):
                 raise error
 
     async def _send(self, send: Send) -> None:
+        async def body(content: str, *, more: bool = True) -> None:
+            async with asyncio.timeout(serving_of(self._request).rules.unread_s):
+                await send({"type": "http.response.body", "body": content.encode(), "more_body": more})
+
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self._first.encode(), "more_body": True})
-        async with aclosing(self._lines) as lines:  # type: ignore[type-var]
-            async for line in lines:
-                await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        try:
+            await body(self._first)
+            async with aclosing(self._lines) as lines:  # type: ignore[type-var]
+                async for line in lines:
+                    await body(line)
+            await body("", more=False)
+        except TimeoutError:  # a reply without its end: the server closes the connection
+            _tell_gone(self._request)

@@ -29,6 +29,8 @@ class Rules:
     """Of a chat or a table that does not say how many; fewer where the context ends."""
     ping_s: float = 15.0
     """A stream that has nothing to say says so this often."""
+    unread_s: float = 30.0
+    """A client that reads nothing of its stream for so long is taken for gone."""
     grace_s: float = 20.0
     """Open requests have so long to end when the server is stopped."""
     log_texts: bool = False

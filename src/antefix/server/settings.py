@@ -37,6 +37,8 @@ class EngineSettings:
     """Of torch; None: as torch chooses."""
     max_restarts: int = 5
     """Of a worker that died, in a row; one that served for a minute starts the count anew."""
+    silent_s: float = 120.0
+    """A worker says how it is doing between two tokens; one that says nothing for so long hangs, and is ended."""
 
 
 @dataclass(frozen=True, slots=True)

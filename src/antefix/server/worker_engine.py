@@ -2,6 +2,7 @@
 
 Two threads serve a worker's pipe, one a direction, so that the app's event loop never waits for it. A pipe that closes
 is a worker that died: every open stream fails at once, and another worker is started, a few times with growing pauses.
+One that says nothing any more is ended first.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class WorkerEngine:
         self._pinned: set[str] = set()
         self._resident: tuple[Resident, ...] = ()
         self._measured: Measured | None = None
+        self._heard_at = 0.0
         self._num_restarts = 0
         self._in_a_row = 0
         self._ready = asyncio.Event()
@@ -163,7 +165,7 @@ class WorkerEngine:
         """Start another worker whenever one dies, until too many did in a row."""
         while True:
             began = time.monotonic()
-            await self._gone.wait()
+            await self._until_gone_or_silent()
             self._fail_all(_STOPPED if self._state == "stopping" else _DIED)
             if self._state == "stopping":
                 return
@@ -177,6 +179,19 @@ class WorkerEngine:
                 self._state = "dead"
                 await asyncio.to_thread(self._kill)
                 return
+
+    async def _until_gone_or_silent(self) -> None:
+        """In the end it is gone."""
+        silent_s = self._settings.silent_s
+        while not self._gone.is_set():
+            left_s = self._heard_at + silent_s - time.monotonic()
+            if left_s <= 0:
+                _log.error("the engine's worker has said nothing for %.0f s: it is ended", silent_s)
+                await asyncio.to_thread(self._kill)
+                self._gone.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(left_s, 0.0)):
+                    await self._gone.wait()
 
     async def _restarted(self) -> bool:
         """Whether another worker takes jobs now."""
@@ -223,6 +238,7 @@ class WorkerEngine:
         """What a worker says; None: its pipe is closed."""
         if pipe is not self._pipe:
             return  # one that is gone already
+        self._heard_at = time.monotonic()
         if reports is None:
             self._gone.set()
             return
