@@ -48,6 +48,10 @@ class PrefixError(AntefixError):
     """A prefix does not fit where it is used."""
 
 
+class ConfigError(PrefixError):
+    """A method's config does not say what has no default, or what has none on this base."""
+
+
 class PrefixFileError(PrefixError):
     """A kept prefix is broken, hostile or of an unknown format."""
 

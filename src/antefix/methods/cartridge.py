@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from antefix.base import Base
-from antefix.errors import DataError, PrefixError
+from antefix.errors import ConfigError, DataError, PrefixError
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.initial import Positions
 
@@ -60,7 +60,7 @@ class Cartridge(PrefixTuning):
         if config.initial == "prefix":
             return super().build(base, config)
         if config.document is None:
-            raise PrefixError("config.document: a cartridge needs its document, name a text file")
+            raise ConfigError("config.document: a cartridge needs its document, name a text file")
         text = read_document(config.document)
         num_tokens = len(base.tokenizer(text, add_special_tokens=False)["input_ids"])
         if config.num_virtual_tokens is not None and config.num_virtual_tokens > num_tokens:

@@ -6,7 +6,7 @@ from typing import Any
 
 from antefix.accounting import storage_bytes
 from antefix.base import Base
-from antefix.errors import PrefixError
+from antefix.errors import ConfigError, PrefixError
 from antefix.methods import METHODS, method_class
 
 
@@ -24,7 +24,7 @@ def counted(base: Base, name: str) -> dict[str, Any]:
     try:
         module = found.build(base, found.Config())
     except PrefixError as error:
-        why = "asks_for" if str(error).startswith("config.") else "refusal"
+        why = "asks_for" if isinstance(error, ConfigError) else "refusal"
         return dict.fromkeys(("trained", "kept", "kept_bytes", "refusal", "asks_for")) | {why: str(error)}
     num_kept = sum(t.numel() for t in module.kept_tensors().values())
     # In an encoder nothing is computed once for all texts: rows before its texts stay rows.

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from antefix.base import Base
-from antefix.errors import PrefixError
+from antefix.errors import ConfigError, PrefixError
 from antefix.methods.base import MethodConfig, MethodModule
 from antefix.parts.site_tensors import SiteTensors, checked
 from antefix.sites import Sites, find_sites
@@ -49,12 +49,12 @@ class SpecialTokensConfig(MethodConfig):
         return pattern
 
     def completed(self, targets: Sequence[str]) -> Self:
-        """With the symbols that training targets hold. Raises PrefixError where there are none."""
+        """With the symbols that training targets hold. Raises ConfigError where there are none."""
         if self.tokens:
             return self
         found = sorted({m[0] for text in targets for m in re.finditer(self.pattern, text) if m[0]})
         if not found:
-            raise PrefixError(
+            raise ConfigError(
                 f"config.pattern = '{self.pattern}' finds no symbol in the training targets: name config.tokens"
             )
         return self.model_copy(update={"tokens": tuple(found)})
@@ -107,7 +107,7 @@ def _shapes(sites: Sites, config: SpecialTokensConfig) -> dict[str, tuple[int, .
     if not sites.is_causal:
         raise PrefixError("new tokens need a causal base")
     if not config.tokens or len(set(config.tokens)) < len(config.tokens) or not all(config.tokens):
-        raise PrefixError("config.tokens: name the new tokens, each once")
+        raise ConfigError("config.tokens: name the new tokens, each once")
     return {_ROWS: (len(config.tokens), sites.hidden_size)}
 
 
