@@ -162,7 +162,7 @@ def test_a_search_is_as_long_as_its_candidates(folder: Path) -> None:
 
 
 def test_the_fewest_edits_are_the_best(folder: Path) -> None:
-    plan = compare.Plan(
+    plan = compare.ComparisonPlan(
         recipes=tuple(map(_recipe, ("far", "near"))), seeds=(0,), metrics=("ter",), folder=folder,
         test=[Example(source="x", targets=("one two three",))], data={"near": "", "far": ""},
     )  # fmt: skip

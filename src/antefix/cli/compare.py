@@ -13,7 +13,7 @@ from antefix.errors import CommandError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from antefix.training.compare import Plan, Row
+    from antefix.training.compare import ComparisonPlan, Row
     from antefix.training.loop import StepReport
 
 
@@ -71,7 +71,7 @@ def compare(
     typer.echo(f"the table and a plot are in {out}")
 
 
-def _table(rows: list[Row], plan: Plan) -> Table:
+def _table(rows: list[Row], plan: ComparisonPlan) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 

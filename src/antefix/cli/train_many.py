@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from antefix.base import Base
     from antefix.training.many import ManyReport
     from antefix.training.many_ray import Cluster
-    from antefix.training.many_report import Report
+    from antefix.training.many_report import UsersReport
     from antefix.training.many_run import ManyPlan
     from antefix.training.recipe import Recipe
     from antefix.training.users import User, Users
@@ -218,7 +218,7 @@ def _facts(everybody: Users) -> dict[str, Any]:
     }
 
 
-def _show(report: Report, recipe: Recipe) -> None:
+def _show(report: UsersReport, recipe: Recipe) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table

@@ -42,7 +42,7 @@ _PROBED_STEPS, _PROBED_SOURCES = 2, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ComparisonPlan:
     """What is compared."""
 
     recipes: tuple[Recipe, ...]
@@ -127,7 +127,7 @@ class Row:
 def plan_of(
     recipes: Sequence[Recipe], seeds: Sequence[int], test: str, metrics: Sequence[str] | None, folder: Path,
     *, unequal: bool = False,
-) -> Plan:  # fmt: skip
+) -> ComparisonPlan:  # fmt: skip
     """What is compared, checked.
 
     unequal: that recipes may see other pairs, or more of them. Raises TrainingError for recipes that do not learn the
@@ -154,7 +154,7 @@ def plan_of(
         examples = with_one_negative(examples, set(true_triples(every)), seed=0)
     chosen = tuple(metrics or METRICS_OF[first.task][:1])
     check_java([name for name in chosen if load(name).NEEDS_JAVA])  # told before hours of training
-    plan = Plan(
+    plan = ComparisonPlan(
         recipes=tuple(recipes), seeds=tuple(seeds), test=examples, metrics=chosen, folder=folder,
         data={r.name: digest(*map(data_hash, (*read_by[r.name], examples))) for r in recipes},
     )  # fmt: skip
@@ -181,7 +181,7 @@ def _budget(recipe: Recipe) -> tuple[str, float]:
     return "pairs", training.max_steps * training.pairs_per_step
 
 
-def expected_seconds(plan: Plan, base_of: Callable[[Recipe], Base]) -> float:
+def expected_seconds(plan: ComparisonPlan, base_of: Callable[[Recipe], Base]) -> float:
     """What all runs that are left take, from a few steps, an evaluation and some texts of each recipe."""
     total = 0.0
     for recipe in plan.recipes:
@@ -223,7 +223,9 @@ def _seconds_of(prepared: Prepared) -> float:
     return time.perf_counter() - started
 
 
-def finish(one: Run, plan: Plan, base: Base, watch: Callable[[Any], None], stop_requested: Callable[[], bool]) -> None:
+def finish(
+    one: Run, plan: ComparisonPlan, base: Base, watch: Callable[[Any], None], stop_requested: Callable[[], bool]
+) -> None:
     """Train a run and write its texts, from where it stopped."""
     kept = one.folder / PREFIX_FOLDER
     if not one.folder.exists():
@@ -244,7 +246,7 @@ def finish(one: Run, plan: Plan, base: Base, watch: Callable[[Any], None], stop_
     file.finish([e.where for e in plan.test])
 
 
-def table(plan: Plan) -> list[Row]:
+def table(plan: ComparisonPlan) -> list[Row]:
     """Every recipe whose runs are all done, the best by the first metric first."""
     references = [e.targets for e in plan.test]
     scored: dict[str, list[dict[str, Any]]] = {}
@@ -270,7 +272,7 @@ def table(plan: Plan) -> list[Row]:
     return [rows[0], *(replace(row, against_best=_against(scored[row.name], best, plan)) for row in rows[1:])]
 
 
-def _against(mine: Sequence[Any], best: Sequence[Any], plan: Plan) -> dict[str, Comparison]:
+def _against(mine: Sequence[Any], best: Sequence[Any], plan: ComparisonPlan) -> dict[str, Comparison]:
     metric = plan.metrics[0]
     return {
         str(seed): compare_systems({metric: one[metric]}, {metric: other[metric]})[metric]
@@ -282,7 +284,7 @@ def _texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_table(rows: Sequence[Row], plan: Plan) -> None:
+def write_table(rows: Sequence[Row], plan: ComparisonPlan) -> None:
     """`results.json` and `comparison.png` in the plan's folder."""
     content = {"metrics": plan.metrics, "seeds": plan.seeds, "test_examples": len(plan.test),
                "rows": [row.to_dict() for row in rows]}  # fmt: skip
@@ -290,7 +292,7 @@ def write_table(rows: Sequence[Row], plan: Plan) -> None:
     _plot(rows, plan)
 
 
-def _plot(rows: Sequence[Row], plan: Plan) -> None:
+def _plot(rows: Sequence[Row], plan: ComparisonPlan) -> None:
     from matplotlib.figure import Figure
 
     metric = plan.metrics[0]

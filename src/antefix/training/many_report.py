@@ -54,7 +54,7 @@ class UserRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class UsersReport:
     """Of everybody."""
 
     rows: list[UserRow]
@@ -99,7 +99,7 @@ class Report:
         }
 
 
-def report_of(plan: ManyPlan, failed: Mapping[str, str]) -> Report:
+def report_of(plan: ManyPlan, failed: Mapping[str, str]) -> UsersReport:
     """From what is in the bank. failed: name -> why."""
     bank, new = Bank(plan.recipe.bank), {user.name for user in plan.waiting}
     few = _FEW * statistics.median(user.num_pairs for user in plan.everybody.users)
@@ -118,7 +118,7 @@ def report_of(plan: ManyPlan, failed: Mapping[str, str]) -> Report:
         else:
             rows.append(_row(user, "trained" if user.name in new else "unchanged", card, few))
     skipped = [{"by": dict(one.by), "pairs": one.num_pairs} for one in plan.everybody.skipped]
-    return Report(rows, skipped, plan.everybody.without_value)
+    return UsersReport(rows, skipped, plan.everybody.without_value)
 
 
 def _row(
@@ -150,7 +150,7 @@ def _row(
     )  # fmt: skip
 
 
-def write_report(report: Report, folder: Path, title: str) -> None:
+def write_report(report: UsersReport, folder: Path, title: str) -> None:
     """`report.json` and `scores.png`. Raises TrainingError where they cannot be written."""
     try:
         content = f"{json.dumps(report.to_dict(), indent=1, ensure_ascii=False)}\n"

@@ -28,7 +28,7 @@ from antefix.training.recipe import Recipe, with_values
 from antefix.training.run import run
 from antefix.training.search_files import Found, write_found
 from antefix.training.space import Range, Value
-from antefix.training.trials import JOURNAL_FILE, Plan, Trial, Trials, open_trials, require_optuna
+from antefix.training.trials import JOURNAL_FILE, SearchPlan, Trial, Trials, open_trials, require_optuna
 
 SEARCH_FOLDER = "search"
 """In the run's folder."""
@@ -207,7 +207,7 @@ def _check_scored(prepared: Prepared) -> None:
         raise TrainingError("the dev set has no pairs, and a search needs dev scores: give another data.dev")
 
 
-def _plan(recipe: Recipe, prepared: Prepared) -> Plan:
+def _plan(recipe: Recipe, prepared: Prepared) -> SearchPlan:
     space = recipe.search.space or default_space(prepared)
     training = prepared.training
     facts = {
@@ -219,7 +219,7 @@ def _plan(recipe: Recipe, prepared: Prepared) -> Plan:
             training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}),
         ),
     }  # fmt: skip
-    return Plan(
+    return SearchPlan(
         space=space,
         maximise=training.dev_metric != "loss",
         seed=recipe.search.seed,

@@ -57,7 +57,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class SearchPlan:
     """What is searched."""
 
     space: Mapping[str, Range]
@@ -71,7 +71,7 @@ class Plan:
 class Trials:
     """The ended trials of one search, and the one that is under way; `open_trials` makes it."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Path, plan: SearchPlan) -> None:
         self._path, self._plan = path, plan
         self._study = _open_study(path, plan)
         self._distributions = {key: _distribution(values) for key, values in plan.space.items()}
@@ -137,7 +137,7 @@ class Trials:
 
 
 @contextmanager
-def open_trials(path: Path, plan: Plan, *, anew: bool = False) -> Iterator[Trials]:
+def open_trials(path: Path, plan: SearchPlan, *, anew: bool = False) -> Iterator[Trials]:
     """The trials kept in this file, alone with it. anew: drop them first.
 
     Raises TrainingError: Optuna is missing, another process searches here, the trials are those of another search, or
@@ -183,7 +183,7 @@ def _mend(path: Path, file: IO[bytes], anew: bool) -> None:
         stale.unlink(missing_ok=True)
 
 
-def _open_study(path: Path, plan: Plan) -> Study:
+def _open_study(path: Path, plan: SearchPlan) -> Study:
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
