@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,32 @@ def test_two_ray_workers_one_of_them_killed() -> None:
     report = json.loads(printed)
     assert (report["trained"], report["failed"]) == (10, 0)
     assert len(Bank("bank")) == 10
+
+
+@pytest.mark.slow
+def test_ctrl_c_with_ray_and_going_on_in_a_cluster_that_runs() -> None:
+    pytest.importorskip("ray")
+    write_orders({f"C{n}": 4 for n in range(10)})
+    words = ("--min-pairs", "3", "--workers", "2", "training.max_steps=10")
+    process = command(*words)
+    until_kept(2, process, 600)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 130, said
+    assert "the same command goes on" in said
+    kept = {name: (Path("bank") / name / "card.json").stat().st_mtime_ns for name in Bank("bank")}
+    assert 2 <= len(kept) < 10
+
+    ray = Path(sys.executable).with_name("ray")
+    subprocess.run(
+        [ray, "start", "--head", "--port", "0", "--num-cpus", "2", "--include-dashboard", "false"], check=True
+    )
+    try:
+        assert facts("--by", "customer", *words, "--address", "auto")["unchanged"] == len(kept)
+    finally:
+        subprocess.run([ray, "stop", "--force"], check=True)
+    assert len(Bank("bank")) == 10
+    assert all((Path("bank") / name / "card.json").stat().st_mtime_ns == moment for name, moment in kept.items())
 
 
 def _workers(pid: int) -> list[int]:
