@@ -99,8 +99,11 @@ def test_attached_is_the_reference_at_every_site(base: Base, method: str, rows: 
     parameters = [p for m in used for name, p in m.named_parameters() if not name.startswith("speaker")]
     weights = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(0))
     found, wanted = (torch.autograd.grad((r * weights).sum(), parameters) for r in results)
+    largest = max(float(gradient.abs().max()) for gradient in wanted)
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * float(other.abs().max()))
+        # The gradient of a few numbers is a sum of many terms that cancel: its own size says nothing of its rounding.
+        scale = float(other.abs().max()) if other.numel() > 8 else largest
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * scale)
     assert float((results[0] - logits(base, batch)[real]).detach().abs().max()) > 0.1, "the prefix says something"
 
 
@@ -346,7 +349,8 @@ def test_what_does_not_fit_is_said(llama: Base) -> None:
         with pytest.raises(PrefixError, match=r"the batch has 4 rows, attachment.rows has 3"):
             logits(llama, tiny_batch("llama"))
     with pytest.raises(
-        PrefixError, match=r"slots for 6 key/value heads of width 8 at layers.0.self, this base has 2 of"
+        PrefixError,
+        match=r"keys of shape \(6, \d+, 8\) and values of shape \(6, \d+, 8\) at layers.0.self, this base takes \(2, ",
     ):
         attach(llama.model, tiny_method(tiny_base("gpt2")))
     llama.model.config._attn_implementation = "flex_attention"

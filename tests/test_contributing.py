@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,59 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOY = '''\
-"""A toy: a learned value for every head, added to what it says."""
-
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from antefix.attention.branch import Addend, Branch, Call
-from antefix.methods.at_sites import AtSites, AtSitesConfig
-from antefix.parts.site_tensors import Shapes
-from antefix.sites import Site
-
-
-class ToyConfig(AtSitesConfig):
-    """The toy's choices."""
-
-
-class ToyBranch(Branch):
-    def __init__(self, value_HE: Tensor) -> None:
-        self._value_HE = value_HE
-
-    def __call__(self, call: Call) -> Addend:
-        return Addend(self._value_HE[:, None].expand(*call.query_BHTD.shape[:3], -1))
-
-    def tensors(self) -> Sequence[Tensor]:
-        return (self._value_HE,)
-
-
-class Toy(AtSites):
-    Config = ToyConfig
-    summary = "a value for every head"
-    paper = "none"
-    parts = ("values",)
-
-    @classmethod
-    def default_learning_rate(cls, config: Any) -> float:
-        return 1e-2
-
-    @classmethod
-    def shapes(cls, site: Site, config: Any) -> Shapes:
-        return {"value": (site.num_heads, site.value_width)}
-
-    @classmethod
-    def initial(cls, part: str, shape: tuple[int, ...], config: Any) -> Tensor:
-        return torch.randn(shape)
-
-    def branch(self, site: Site, tensors: Mapping[str, Tensor]) -> Branch:
-        return ToyBranch(tensors["value"])
-'''
+TOY = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8"), re.DOTALL)[0]
 USE = """\
 import antefix
 from conftest import tiny_base, tell_sources, tiny_method

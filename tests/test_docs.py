@@ -152,8 +152,8 @@ def test_every_command_is_in_the_guide_or_a_page_and_has_an_example() -> None:
 def test_every_method_has_a_page_and_stands_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in METHODS:
-        assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
-        assert f"[`{name}`](docs/methods/{name}.md)" in readme
+        assert (ROOT / "docs" / "methods" / f"{name}.md").is_file(), f"docs/methods/{name}.md is missing"
+        assert f"[`{name}`](docs/methods/{name}.md)" in readme, f"README.md has no link to docs/methods/{name}.md"
 
 
 def test_the_public_names_are_those_of_the_python_page() -> None:

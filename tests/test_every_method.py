@@ -137,8 +137,8 @@ def test_every_site_is_acted_at_and_every_slot_gets_a_gradient(architecture: str
     plain = slots().keys() if method != "sparse_prefix" else {}  # it leaves slots out
     for name, tensors in made.items():
         for tensor in tensors:
-            assert tensor.grad is not None
-            assert bool(tensor.grad.any())
+            assert tensor.grad is not None, name
+            assert bool(tensor.grad.any()), name
             if name in plain:
                 assert bool((tensor.grad.abs().sum(dim=(0, 2)) > 0).all()), name
 

@@ -266,6 +266,23 @@ def test_columns_of_other_names_are_told_to_generate_and_eval(shop: Path) -> Non
     assert "has no option 'target': did you mean" in str(wrong.exception)
 
 
+def test_a_field_that_was_not_in_training_is_told(shop: Path, base: Base) -> None:
+    examples = [Example(source=Table((("name", "x" * n),)), targets=(f"It is {n}.",)) for n in range(1, 5)]
+    training = TrainingRecipe(max_steps=1, pairs_per_step=2, evaluations=0)
+    kept = train(base, examples, training=training, num_virtual_tokens=2)
+    assert kept.card.training["fields"] == ["name"]
+    kept.save(shop / "bank" / "trained")
+    file = shop / "answers.csv"
+    file.write_text("name,answer\nx,It is 0.\n", encoding="utf-8")
+    words = ["generate", "-p", str(shop / "bank/trained"), "--base", str(shop / "base"), "-i", str(file), "-o"]
+    said = CliRunner().invoke(app, [*words, str(shop / "leaked.txt")])
+    assert said.exit_code == 0
+    assert "has not seen the field 'answer' in training (name); if it holds" in " ".join(said.stderr.split())
+    said = CliRunner().invoke(app, [*words, str(shop / "well.txt"), "--reader", "target_column=answer"])
+    assert said.exit_code == 0
+    assert "has not seen" not in said.stderr
+
+
 def test_generating_leaves_the_base_as_it_was(base: Base, prefix: Prefix) -> None:
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():

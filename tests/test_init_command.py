@@ -289,7 +289,7 @@ class TestRefusals:
     def test_no_target(self) -> None:
         Path("a.csv").write_text("name,preis\nFern,4\n", encoding="utf-8")
         with pytest.raises(
-            DataError, match=r"a.csv: no target among the columns name, preis: name it with target_column"
+            DataError, match=r"a.csv: no target among the columns name, preis: name it .*--target-column NAME"
         ):
             init("a.csv")
         Path("a.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding="utf-8")

@@ -53,6 +53,8 @@ def test_overrides_reach_into_sections_and_read_values_as_toml_does(tmp_path: Pa
         ("method=prefix_tunning", r"unknown method 'prefix_tunning': did you mean 'prefix_tuning'\?"),
         ("training.epochs=-1", r"'training.epochs' is -1: .*greater than 0"),
         ("training.epochs=many", r"'training.epochs' is \"many\": .*number"),
+        ("training.epochs='40'", r"'training.epochs' is \"40\", a text: write it without quotes"),
+        ("config.num_virtual_tokens='4'", r"'config.num_virtual_tokens' is \"4\", a text"),
         ("config.initial=words", r"'config.initial' is \"words\": .*'text'"),
         ("name=../menus", r"'name' is \"../menus\""),
         ("training", r"'training' is no override: write key=value"),

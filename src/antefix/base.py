@@ -130,7 +130,8 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Pr
 def _cannot_load(name: str, error: Exception) -> BaseModelError:
     why = one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
     return BaseModelError(
-        f"cannot load the base '{name}': {why} (give a folder, a .gguf file, a hub id or '{embedded.NAME}')"
+        f"cannot load the base '{name}': {why} (give a folder, a .gguf file, a hub id or '{embedded.NAME}'; "
+        "HF_HUB_OFFLINE=1 asks no hub)"
     )
 
 

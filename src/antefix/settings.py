@@ -45,7 +45,7 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
 def validated(model: type[Settings], content: Any, prefix: str = "") -> Settings:
     """The settings, checked. Raises RecipeError: an unknown key (with the nearest), a missing one, a bad value."""
     try:
-        return model.model_validate(content)
+        found = model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         *parents, last = [str(part) for part in first["loc"]] or [""]
@@ -61,6 +61,17 @@ def validated(model: type[Settings], content: Any, prefix: str = "") -> Settings
             raise RecipeError(message) from error
         given = json.dumps(first["input"], default=str)
         raise RecipeError(f"'{where}' is {given}: {message}") from error
+    _refuse_quoted_numbers(found, content, prefix)
+    return found
+
+
+def _refuse_quoted_numbers(found: BaseModel, content: Any, prefix: str) -> None:
+    for name, given in content.items() if isinstance(content, dict) else ():
+        value = getattr(found, name, None)
+        if isinstance(value, BaseModel):
+            _refuse_quoted_numbers(value, given, f"{prefix}{name}.")
+        elif isinstance(given, str) and isinstance(value, int | float):
+            raise RecipeError(f"'{prefix}{name}' is {json.dumps(given)}, a text: write it without quotes")
 
 
 def _section(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:

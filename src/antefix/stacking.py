@@ -39,11 +39,12 @@ def check_fits(site: Site, slots: KeyValue | None) -> None:
     if slots is None:
         return
     G, D, E = site.num_key_value_heads, site.key_width, site.value_width
-    (g, p, d), (g2, p2, e) = slots.key_GPD.shape, slots.value_GPE.shape
-    if (g, d, g2, p2, e) != (G, D, G, p, E):
+    key, value = tuple(slots.key_GPD.shape), tuple(slots.value_GPE.shape)
+    P = key[1] if len(key) == 3 else "P"
+    if (key, value) != ((G, P, D), (G, P, E)):
         raise PrefixError(
-            f"the prefix has slots for {g} key/value heads of width {d} at {site.name}, this base has {G} of width "
-            f"{D}: load the base it was trained on"
+            f"the prefix has keys of shape {key} and values of shape {value} at {site.name}, this base takes "
+            f"({G}, {P}, {D}) and ({G}, {P}, {E}), heads by slots by width: load the base it was trained on"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -302,9 +303,16 @@ def _row(entry: Entry) -> list[str]:
         return [entry.name, "broken", "", "", "", entry.problem, "", ""]
     return [
         entry.name, entry.method or "", _shown(entry.num_virtual_tokens), entry.positions or "", entry.base or "",
-        _shown(entry.scores), decimal(entry.num_bytes or 0),
+        _shown(_figures(entry.scores)), decimal(entry.num_bytes or 0),
         " ".join(entry.tags),
     ]  # fmt: skip
+
+
+def _figures(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers alone: what they were measured on stands in `antefix bank show`."""
+    nested = {key: _figures(value) for key, value in scores.items() if isinstance(value, dict) and key != "versions"}
+    own = {key: value for key, value in scores.items() if isinstance(value, float)}
+    return own | {key: value for key, value in nested.items() if value}
 
 
 _SHORT = {"method", "slots", "positions", "size"}

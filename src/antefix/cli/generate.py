@@ -107,6 +107,7 @@ def generate(
         _require_output(output)
     examples, text_format = _sources(source, input_file, how, kept, text or [])
     examples = examples[:limit]
+    _say_unknown_fields(kept, examples)
     options = override(dict(_default_decoding(kept, examples)), decoding or [])
     chosen = validated(Decoding, options, "decoding option ")
     loaded = _base(None if kept is None else kept.card.base, base, dtype, device)
@@ -174,6 +175,21 @@ def _default_decoding(kept: Prefix | None, examples: list[Example]) -> dict[str,
     if kept is not None:
         return kept.card.decoding
     return default_decoding(examples).model_dump(exclude_defaults=True)
+
+
+def _say_unknown_fields(kept: Prefix | None, examples: Sequence[Example]) -> None:
+    """A field that was not in training is a slip most of the time: a misspelt column, or the answer itself."""
+    from antefix.data import Table
+
+    known = kept.card.training.get("fields") if kept is not None else None
+    tables = (e.source for e in examples if isinstance(e.source, Table))
+    unknown = dict.fromkeys(field for table in tables for field, _ in table.fields if known and field not in known)
+    for field in unknown:
+        console().print(
+            f"the prefix has not seen the field '{field}' in training ({', '.join(known or ())}); if it holds what is "
+            f"to be written, say --reader target_column={field}",
+            highlight=False, markup=False, style="yellow",
+        )  # fmt: skip
 
 
 def _say_cut(num_cut: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,7 +87,16 @@ def _report(recipe: Recipe, prefix: Prefix, as_json: bool) -> None:
         f"kept {recipe.prefix_folder} ({prefix.num_bytes / 1024:,.0f} KiB, step {training['kept_step']} of "
         f"{training['steps']}, {training['seconds']:,.0f} s); log and curve in {recipe.run_folder}"
     )
-    console().print(f"next: antefix generate --prefix {recipe.prefix_folder} --input FILE --output texts.jsonl")
+    reader = "".join(f" --reader {shlex.quote(f'{key}={_word(value)}')}" for key, value in recipe.data.reader.items())
+    console().print(
+        f"next: antefix generate --prefix {recipe.prefix_folder} --input FILE --output texts.jsonl{reader}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _word(value: Any) -> str:
+    """As `--reader` reads it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _plan_facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def look(source: str, *, format: str | None = None, **options: Any) -> Look:
     columns = reader(format, options).columns(row, **options)
     examples = read(source, format=format, **options)
     if columns.target is None or not examples[0].targets:
-        todo = "name it with target_column" if format == "plain" else f"rows of the format '{format}' need one"
+        named = "name it (`antefix init` with --target-column NAME, a recipe with data.reader.target_column)"
+        todo = named if format == "plain" else f"rows of the format '{format}' need one"
         raise DataError(f"{source}: no target among the columns {', '.join(row)}: {todo}")
     return Look(
         train=source,

@@ -138,12 +138,7 @@ def plan_of(
     if len(tasks := {r.task for r in recipes}) > 1:
         raise TrainingError(f"the recipes are for unlike tasks ({', '.join(sorted(tasks))}): they cannot be compared")
     if not unequal:
-        for what, values in (
-            ("data", {r.data.model_dump_json(exclude={"text"}) for r in recipes}),
-            ("budget (epochs, max_steps, pairs_per_step; candidates of a search)", {str(_budget(r)) for r in recipes}),
-        ):
-            if len(values) > 1:
-                raise TrainingError(f"the recipes differ in their {what}: make them equal, or say --unequal")
+        _refuse_unequal(recipes)
     first = recipes[0]
     examples = [e for e in read(test, format=first.data.format, **first.data.reader) if e.targets]
     if not examples:
@@ -170,6 +165,20 @@ def _check_work(one: Run) -> None:
             f"{one.folder} holds a run of another recipe, other data or another test set: give another --out, or "
             "remove it"
         )
+
+
+def _refuse_unequal(recipes: Sequence[Recipe]) -> None:
+    """Raises TrainingError, naming the first two that differ, and in what."""
+    first = recipes[0]
+    mine = first.data.model_dump(exclude={"text"})
+    for other in recipes[1:]:
+        which = [f"data.{key}" for key, value in other.data.model_dump(exclude={"text"}).items() if value != mine[key]]
+        budgets = [f"{number:g} {what}" for what, number in map(_budget, (first, other))]
+        what = f"data ({', '.join(which)})" if which else f"budget ({' and '.join(budgets)})"
+        if which or budgets[0] != budgets[1]:
+            raise TrainingError(
+                f"'{first.name}' and '{other.name}' differ in their {what}: make them equal, or say --unequal"
+            )
 
 
 def _budget(recipe: Recipe) -> tuple[str, float]:

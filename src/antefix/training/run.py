@@ -10,7 +10,7 @@ from typing import Any
 
 from antefix.base import Base
 from antefix.data import split_examples
-from antefix.data.example import Example
+from antefix.data.example import Example, Table
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
 from antefix.digest import digest
@@ -29,6 +29,8 @@ from antefix.training.learner import Outcome
 from antefix.training.loop import StepReport, train_loop
 from antefix.training.prepared import Prepared, prepare
 from antefix.training.recipe import Recipe, TrainingRecipe
+
+_MOST_FIELDS = 100
 
 Watch = Callable[[StepReport], None]
 
@@ -190,6 +192,13 @@ def _metric_versions(prepared: Prepared) -> dict[str, Any]:
     return {"versions": {f"dev_{name}": load(name).VERSION}}
 
 
+def _fields(examples: Sequence[Example]) -> list[str]:
+    """Of the tables that were learned from, in the order they came up; none where there is no end of them."""
+    tables = (e.source for e in examples if isinstance(e.source, Table))
+    found = list(dict.fromkeys(field for table in tables for field, _ in table.fields))
+    return found if len(found) <= _MOST_FIELDS else []
+
+
 def card_of(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence: str | None, notes: str) -> Card:
     """What a prefix says about itself after its training."""
     base, training, progress = prepared.base, prepared.training, outcome.progress
@@ -205,6 +214,7 @@ def card_of(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence
         training={
             "data": prepared.data_name,
             "data_hash": data_hash(prepared.train_examples),
+            "fields": _fields(prepared.train_examples),
             "sources": len(prepared.train_set.examples),
             "pairs": prepared.train_set.num_pairs,
             "truncated_sources": prepared.train_set.truncated_sources,
