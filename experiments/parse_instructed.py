@@ -8,9 +8,11 @@ paraphrase's constituent tree without words (link-grammar's), of at most 100 tok
 three times, the same in every step of every arm; the learning rate is the best of some by dev loss after a quarter of
 the steps; one seed. Then an easier control: the sentence itself is given with a third of its words masked, as the base
 knows it from its pretraining, and its tree says what is to be filled in. Beams of 4 write the paraphrases of at most
-200 test pairs: BLEU; template match (of all pairs, those whose trees cut to two levels below the root are the same);
-the mean tree edit distance over outputs that the parser can parse, and how many these are. The parser's ceiling is what
-the references themselves get. Writes `results/parse_instructed/`; an hour and a half on two cores.
+200 test pairs: BLEU; template match (of all pairs, those whose trees cut to two levels below the root are the same; the
+parser's root is S); the mean tree edit distance over outputs that the parser can parse, and how many these are; and all
+of it once more for texts written with another pair's tree, which tells whether trees are read. Beside them the
+sentences as they are given (of which the parser parses as many as of any good English), and the commonest tree of the
+training set. Writes `results/parse_instructed/`; two hours on two cores.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import os
 import random
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,7 +40,7 @@ from antefix.training.recipe import TrainingRecipe
 from constituents import edit_distance, parsed  # isort: skip
 from few_labels import kept_dev_loss  # isort: skip
 from small_bart import MASK, MODEL  # isort: skip
-from units import ROOT, Unit, announce, finish  # isort: skip
+from units import ROOT, Unit, announce, best_rate, finish  # isort: skip
 
 RESULTS, WORK = ROOT / "results" / "parse_instructed", ROOT / "experiments" / "work" / "parse_instructed"
 PAIRS = {"trainset": 2000, "devset": 150, "testset_w_refs": 200}
@@ -49,7 +52,7 @@ RATES = {
     "pip_indirect": (2e-2, 5e-2, 1.5e-1, 0.5, 1.5),
     FULL: (1e-4, 3e-4, 1e-3, 3e-3),
 }
-MASKED_RATES = {arm: (1e-4, 3e-4, 1e-3) if arm == FULL else (5e-2, 1.5e-1, 0.5) for arm in RATES}
+MASKED_RATES = {arm: (3e-4, 1e-3, 3e-3) if arm == FULL else (5e-2, 1.5e-1, 0.5) for arm in RATES}
 SPAN_BEGINS = 0.2
 """At how many words a masked span of one to three words begins."""
 
@@ -62,23 +65,21 @@ def main() -> None:
     tokenizer, _ = load_tokenizer(str(MODEL))
     data = {name: short_trees(pairs(Path(sys.argv[1]).resolve(), name), tokenizer) for name in PAIRS}
     searches = {
-        f"search_{arm}_{rate:g}": Unit(partial(one, data, arm, rate, 0, is_final=False), 60.0)
+        f"search_{arm}_{rate:g}": Unit(partial(one, data, arm, rate, 0, is_final=False), 100.0)
         for arm, rates in RATES.items()
         for rate in rates
     }
-    finals = {f"final_{arm}_seed_{seed}": Unit(dict, 300.0) for arm in RATES for seed in SEEDS}
+    finals = {f"final_{arm}_seed_{seed}": Unit(dict, 450.0) for arm in RATES for seed in SEEDS}
     announce(RESULTS / "units", searches | finals)
     found = finish(RESULTS / "units", searches)
-    best = {
-        arm: min(rates, key=lambda r, a=arm: found[f"search_{a}_{r:g}"]["dev_loss"]) for arm, rates in RATES.items()
-    }
+    best = {arm: best_rate(found, f"search_{arm}") for arm in RATES}
     finals = {
         f"final_{arm}_seed_{seed}": Unit(partial(one, data, arm, best[arm], seed, is_final=True), 300.0)
         for arm in RATES
         for seed in SEEDS
     }
-    ceiling = {"ceiling": Unit(partial(judged_references, data["testset_w_refs"]), 60.0)}
-    summary = summed(finish(RESULTS / "units", finals | ceiling))
+    floor = {"floor": Unit(partial(floors, data["trainset"], data["testset_w_refs"]), 60.0)}
+    summary = summed(finish(RESULTS / "units", finals | floor))
     summary["masked"] = filled_in(data)
     (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
@@ -137,10 +138,7 @@ def filled_in(data: dict[str, list[Example]]) -> dict[str, Any]:
         for rate in rates
     }
     found = finish(RESULTS / "units", searches)
-    best = {
-        arm: min(rates, key=lambda r, a=arm: found[f"masked_search_{a}_{r:g}"]["dev_loss"])
-        for arm, rates in MASKED_RATES.items()
-    }
+    best = {arm: best_rate(found, f"masked_search_{arm}") for arm in MASKED_RATES}
     finals = {
         f"masked_final_{arm}": Unit(partial(one, data, arm, rate, 0, is_final=True), 350.0)
         for arm, rate in best.items()
@@ -148,6 +146,9 @@ def filled_in(data: dict[str, list[Example]]) -> dict[str, Any]:
     finals["masked_base"] = Unit(partial(as_it_is, data["testset_w_refs"]), 20.0)
     done = finish(RESULTS / "units", finals)
     rounded = {name: {key: round(value, 4) for key, value in unit["test"].items()} for name, unit in done.items()}
+    for name, test in rounded.items():
+        if "with_another_tree" in done[name]:
+            test["template_match_with_another_tree"] = round(done[name]["with_another_tree"]["template_match"], 4)
     summary = {"base, without trees": rounded.pop("masked_base")}
     for name, test in rounded.items():
         unit = done[name]
@@ -164,6 +165,8 @@ def masked(examples: list[Example]) -> list[Example]:
         while words:
             left += words[:1] if draw.random() > SPAN_BEGINS else [MASK]
             words = words[1:] if left[-1] != MASK else words[draw.randint(1, 3) :]
+        if MASK not in left:
+            left[draw.randrange(len(left))] = MASK
         text = " ".join(left)
         made.append(replace(example, source=f"{text} {example.condition}", labels={"sentence": text}))
     return made
@@ -187,8 +190,19 @@ def one(data: dict[str, list[Example]], arm: str, rate: float, seed: int, *, is_
     found = {**made, "dev_loss": kept_dev_loss(prefix), "stored_values": prefix.num_values}
     if is_final:
         with attached(base.model, prefix):
-            found["test"] = judged(test, written(base, test))
+            found["texts"] = written(base, test)
+            others = written(base, with_another_tree(test))
+        found["test"], found["with_another_tree"] = judged(test, found["texts"]), judged(test, others)
     return found
+
+
+def with_another_tree(test: Sequence[Example]) -> list[Example]:
+    """Every pair with the tree of the next one."""
+    turned = [*test[1:], test[0]]
+    return [
+        replace(e, source=f"{e.labels['sentence']} {other.condition}", condition=other.condition)
+        for e, other in zip(test, turned, strict=True)
+    ]
 
 
 def written(base: Base, test: Sequence[Example]) -> list[str]:
@@ -211,21 +225,27 @@ def judged(test: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-def judged_references(test: Sequence[Example]) -> dict[str, Any]:
-    """What the paraphrases themselves get (the parser's ceiling), and the sentences that they paraphrase."""
+def floors(train: Sequence[Example], test: Sequence[Example]) -> dict[str, Any]:
+    """What the sentences to be paraphrased get, and how often the commonest tree of training is the right one."""
+    trees = [str(tree.cut(2)) for tree in parsed([e.targets[0] for e in train]) if tree]
+    (commonest, _), *_ = Counter(trees).most_common(1)
+    wanted = [str(tree.cut(2)) for tree in parsed([e.targets[0] for e in test]) if tree]
     return {
-        "references": judged(test, [e.targets[0] for e in test]),
         "sentences": judged(test, [e.labels["sentence"] for e in test]),
+        "commonest_tree": {"tree": commonest, "template_match": wanted.count(commonest) / len(test)},
+        "training_pairs": len(train),
     }
 
 
 def summed(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Of every arm the figures of its seeds."""
-    summary: dict[str, Any] = {k: v for k, v in found["ceiling"].items() if k in ("references", "sentences")}
+    summary: dict[str, Any] = {k: found["floor"][k] for k in ("sentences", "commonest_tree", "training_pairs")}
     for arm in RATES:
         units = [found[f"final_{arm}_seed_{seed}"] for seed in SEEDS]
         summary[arm] = {"dev_loss": [round(u["dev_loss"], 4) for u in units]}
         summary[arm] |= {name: [round(u["test"][name], 4) for u in units] for name in units[0]["test"]}
+        others = [round(u["with_another_tree"]["template_match"], 4) for u in units]
+        summary[arm]["template_match_with_another_tree"] = others
     return summary
 
 

@@ -103,6 +103,16 @@ def test_without_its_second_loss_indirect_is_prefix_tuning_step_for_step(bart: B
     assert not all(torch.equal(t, with_loss.tensors[name]) for name, t in plain.tensors.items())
 
 
+def test_the_networks_of_the_second_loss_learn_at_a_rate_of_ordinary_weights(bart: Base) -> None:
+    module = tiny_method(bart, "pip_indirect")
+    (slots, one), (networks, less) = module.rate_scales()
+    assert (one, less * module.default_learning_rate(module.config)) == (1.0, pytest.approx(1e-3))
+    assert {id(p) for p in networks} == {id(p) for p in module.speaker.parameters()}
+    assert {id(p) for p in (*slots, *networks)} == {id(p) for p in module.parameters() if p.requires_grad}
+    ((_, one),) = tiny_method(bart, "pip_indirect", parametrisation="network").rate_scales()
+    assert one == 1.0
+
+
 def test_what_indirect_keeps_needs_no_second_text(bart: Base, tmp_path: Path) -> None:
     kept = Prefix.load(trained(bart, "pip_indirect").save(tmp_path / "kept"))
     with attached(bart.model, kept):

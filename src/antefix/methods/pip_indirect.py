@@ -6,8 +6,9 @@ target's parse, and the prefix of the last encoder layer:
     e_hat = W MHA(query e, key [P_k; e], value [P_v; e]) + b
     loss = cross-entropy + mu mean(1 - |cos(e_hat, e)|)
 
-MHA and W serve training alone: what is kept is a prefix, and needs no second text. With mu = 0 it is prefix-tuning step
-for step. Padding is masked. The released code takes the cosine along the sequence, one for every feature, which
+MHA and W serve training alone: what is kept is a prefix, and needs no second text. Beside direct slots, whose rate is
+relative to their size, they learn at a fiftieth of it: 1e-3 at the default. With mu = 0 it is prefix-tuning step for
+step. Padding is masked. The released code takes the cosine along the sequence, one for every feature, which
 `cosine_axis = "sequence"` does; here it is along the features.
 
 Axes: B rows, P tokens of a second text, C width of hidden states.
@@ -28,6 +29,9 @@ from antefix.methods.pip_direct import SECOND_TEXT, last_encoder_site
 from antefix.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from antefix.parts.key_value import KeyValue
 from antefix.sites import Site, find_sites
+
+_SPEAKER_RATE = 0.02
+"""Of the rate of direct slots."""
 
 
 class PipIndirectConfig(PrefixTuningConfig):
@@ -63,6 +67,14 @@ class PipIndirect(PrefixTuning):
     @property
     def condition_length(self) -> int | None:
         return None if self.speaker is None else self.num_virtual_tokens
+
+    def rate_scales(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Ordinary weights at the rate of direct slots would be thrown about, and the slots by their gradients."""
+        if self.speaker is None or self.config.parametrisation != "direct":
+            return super().rate_scales()
+        learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        slots = [p for name, p in learned.items() if not name.startswith("speaker.")]
+        return [(slots, 1.0), (list(self.speaker.parameters()), _SPEAKER_RATE)]
 
     def auxiliary_loss(self, condition: Condition | None) -> Tensor | None:
         if condition is None or self.speaker is None:
