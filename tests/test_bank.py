@@ -345,6 +345,8 @@ def test_list_command(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown[0] == ["name", "method", "slots", "positions", "base", "scores", "size", "tags"]
     assert shown[1][:9] == ["menus", "prefix_tuning", "4", "in_place", "tiny", "dev", "bleu", "2.5", "2.4"]
     assert shown[2][:2] == ["news", "broken"]
+    monkeypatch.setenv("COLUMNS", "20")
+    assert [line.split() for line in run("list", "--bank", str(bank.folder)).splitlines()] == shown, "a row is a line"
     listed = run_json("list", "--bank", str(bank.folder))
     assert [e["name"] for e in listed] == ["menus", "news", "sport"]
     assert "not a readable card" in listed[1]["problem"]

@@ -638,6 +638,9 @@ def test_a_key_opens_what_it_says(bank: Bank, tmp_path: Path) -> None:
     ):  # fmt: skip
         assert error(client.post(path, asked), 403)["code"] == "model_not_allowed"
     error(client.get("/v1/models/talk"), 403)
+    there, nowhere = (client.post("/v1/completions", {**COMPLETION, "model": m}) for m in ("talk", "nobody"))
+    assert error(there, 403) == error(nowhere, 403), "a key learns nothing of what it does not open"
+    assert error(client.get("/v1/models/nobody"), 403)["code"] == "model_not_allowed"
     error(client.post("/v1/load_prefix", {"prefix_name": "menus"}), 403)
     error(client.get("/metrics"), 403)
     assert len(engine.jobs) == 1

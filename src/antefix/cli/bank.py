@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -300,7 +301,7 @@ def _row(entry: Entry) -> list[str]:
     from rich.filesize import decimal
 
     if entry.problem:
-        return [entry.name, "broken", "", "", "", entry.problem, "", ""]
+        return [entry.name, "broken", "", "", "", "", "", entry.problem]
     return [
         entry.name, entry.method or "", _shown(entry.num_virtual_tokens), entry.positions or "", entry.base or "",
         _shown(_figures(entry.scores)), decimal(entry.num_bytes or 0),
@@ -315,8 +316,10 @@ def _figures(scores: Mapping[str, Any]) -> dict[str, Any]:
     return own | {key: value for key, value in nested.items() if value}
 
 
-_SHORT = {"method", "slots", "positions", "size"}
+_WHOLE = {"name", "method", "slots", "positions", "size"}
 """Columns that a narrow terminal leaves whole."""
+_NO_TERMINAL = 10_000
+"""Characters a line may have where nothing is narrow: a row is a line, for grep."""
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
@@ -327,10 +330,10 @@ def _print_table(columns: list[str], rows: list[list[str]]) -> None:
 
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in _SHORT)
+        table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
     for row in rows:
         table.add_row(*(Text(one_line(cell, 1000)) for cell in row))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _NO_TERMINAL).print(table)
 
 
 def _shown(value: Any) -> str:

@@ -68,7 +68,8 @@ async def _entries(serving: Serving, search: str, tag: str, after: str, limit: i
 async def model(model_id: str, request: Request, caller: Annotated[Caller, Depends(caller_of)]) -> Model:
     """One of them, a prefix with its card."""
     serving = serving_of(request)
-    name = serving.models.name_of(model_id)
+    with serving.telling_nothing(caller):
+        name = serving.models.name_of(model_id)
     serving.refuse_not_allowed(caller, () if name is None else (name,))
     if name is None:
         return serving.models.base_model()

@@ -130,7 +130,7 @@ class Residency:
         if over > 0:
             raise ServingError(
                 f"no memory for the prefix '{carried.names[0]}': all {self.max_bytes:,} bytes hold prefixes that are "
-                "pinned or at work; ask again later",
+                "pinned or at work; ask again later, or unload one that is pinned",
                 "overloaded",
             )
         for name in leaving:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import signal
 import socket
@@ -24,6 +25,7 @@ from antefix.server.models import Models
 from antefix.server.serving import Rules, Serving
 from antefix.server.tokens import Tokens
 
+_log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 _TO_SAY_SO_S = 5
 """Seconds for replies to requests whose time is up."""
@@ -109,6 +111,10 @@ class _Server(uvicorn.Server):
     def _stop(self, number: int) -> None:
         self._serving.admission.stopping = True
         if self._stopping is None:  # the engine tells open requests when their time is up; uvicorn would cut them off
+            _log.warning(
+                "stopping: %d texts are open and have %g s; the same signal again ends them at once",
+                self._serving.admission.open, self._serving.rules.grace_s,
+            )  # fmt: skip
             self._stopping = asyncio.ensure_future(self._serving.engine.stop(self._serving.rules.grace_s))
         self.handle_exit(number, None)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +51,32 @@ class Serving:
 
     def choose(self, asked: Asked, caller: Caller) -> Chosen:
         """The prefixes of a request. Raises Refusal for those that are not there, or not for this caller."""
-        chosen = self.models.chosen(asked.model, asked.antefix.prefixes if asked.antefix is not None else ())
+        more = asked.antefix.prefixes if asked.antefix is not None else ()
+        with self.telling_nothing(caller):
+            chosen = self.models.chosen(asked.model, more)
         self.refuse_not_allowed(caller, chosen.prefixes)
         return chosen
+
+    @contextmanager
+    def telling_nothing(self, caller: Caller) -> Iterator[None]:
+        """Names that are not there are refused as those that a key does not open: they may be other customers'."""
+        try:
+            yield
+        except Refusal as refusal:
+            if refusal.status == 404 and caller.prefixes is not None:
+                raise _not_allowed(caller) from None
+            raise
 
     def refuse_not_allowed(self, caller: Caller, prefixes: Sequence[str]) -> None:
         """Raises Refusal (403) for prefixes, or the bare base, that the caller's key does not open."""
         if not caller.may_use(tuple(prefixes)):
-            raise Refusal(
-                403, f"the API key '{caller.name}' does not open this model", param="model", code="model_not_allowed"
-            )
+            raise _not_allowed(caller)
+
+
+def _not_allowed(caller: Caller) -> Refusal:
+    return Refusal(
+        403, f"the API key '{caller.name}' does not open this model", param="model", code="model_not_allowed"
+    )
 
 
 def serving_of(request: Request) -> Serving:
