@@ -150,6 +150,14 @@ def test_an_echo_alone_scores_the_prompt(bank: Bank) -> None:
     assert not engine.jobs[1].sampling.prompt_logprobs
 
 
+def test_slots_are_counted_once_for_every_prompt_as_its_tokens_are(bank: Bank) -> None:
+    client, _ = caller(bank, writes("ab", num_slots=3))
+    usage = client.post("/v1/completions", {**COMPLETION, "model": "menus", "prompt": ["a", "b"], "n": 2}).json()[
+        "usage"
+    ]
+    assert (usage["prompt_tokens"], usage["prompt_tokens_details"]["prefix_tokens"]) == (2, 6)
+
+
 def test_stop_strings_span_tokens_and_end_the_job(bank: Bank) -> None:
     client, engine = caller(bank, writes("one. Two. Three", num_slots=9))
     asked = {**COMPLETION, "model": "menus", "stop": [". Th", "Two"], "logprobs": 0, "max_tokens": 99}

@@ -32,6 +32,7 @@ class Asking:
 
     chosen: Chosen
     choices: tuple[Choice, ...]
+    num_prompts: int
     num_prompt_tokens: int
     not_applied: tuple[str, ...]
     """Of the card's decoding, which `antefix generate` would follow."""
@@ -39,7 +40,7 @@ class Asking:
     def usage(self) -> Usage:
         """As far as the choices are written."""
         written = sum(choice.num_tokens for choice in self.choices)
-        slots = max(choice.num_slots for choice in self.choices)
+        slots = max(choice.num_slots for choice in self.choices) * self.num_prompts  # all carry the same prefixes
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": written,
@@ -97,7 +98,7 @@ def asking(
                     index, job, serving.tokens, stops=asked.stops, echo=wanted.echo, strip=wanted.strip, num_slots=slots
                 )
             )
-    return Asking(chosen, tuple(choices), sum(map(len, prompts)), _not_applied(decoding))
+    return Asking(chosen, tuple(choices), len(prompts), sum(map(len, prompts)), _not_applied(decoding))
 
 
 def decoding_of(cards: Sequence[Card]) -> Decoding | None:
