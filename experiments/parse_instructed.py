@@ -53,6 +53,8 @@ RATES = {
     FULL: (1e-4, 3e-4, 1e-3, 3e-3),
 }
 MASKED_RATES = {arm: (3e-4, 1e-3, 3e-3) if arm == FULL else (5e-2, 1.5e-1, 0.5) for arm in RATES}
+FINAL_SECONDS = 450.0
+"""Of a final on one core, for the estimate; the control's units are told when their turn comes."""
 SPAN_BEGINS = 0.2
 """At how many words a masked span of one to three words begins."""
 
@@ -69,12 +71,12 @@ def main() -> None:
         for arm, rates in RATES.items()
         for rate in rates
     }
-    finals = {f"final_{arm}_seed_{seed}": Unit(dict, 450.0) for arm in RATES for seed in SEEDS}
+    finals = {f"final_{arm}_seed_{seed}": Unit(dict, FINAL_SECONDS) for arm in RATES for seed in SEEDS}
     announce(RESULTS / "units", searches | finals)
     found = finish(RESULTS / "units", searches)
     best = {arm: best_rate(found, f"search_{arm}") for arm in RATES}
     finals = {
-        f"final_{arm}_seed_{seed}": Unit(partial(one, data, arm, best[arm], seed, is_final=True), 300.0)
+        f"final_{arm}_seed_{seed}": Unit(partial(one, data, arm, best[arm], seed, is_final=True), FINAL_SECONDS)
         for arm in RATES
         for seed in SEEDS
     }
@@ -140,20 +142,17 @@ def filled_in(data: dict[str, list[Example]]) -> dict[str, Any]:
     found = finish(RESULTS / "units", searches)
     best = {arm: best_rate(found, f"masked_search_{arm}") for arm in MASKED_RATES}
     finals = {
-        f"masked_final_{arm}": Unit(partial(one, data, arm, rate, 0, is_final=True), 350.0)
+        f"masked_final_{arm}": Unit(partial(one, data, arm, rate, 0, is_final=True), FINAL_SECONDS)
         for arm, rate in best.items()
     }
     finals["masked_base"] = Unit(partial(as_it_is, data["testset_w_refs"]), 20.0)
     done = finish(RESULTS / "units", finals)
-    rounded = {name: {key: round(value, 4) for key, value in unit["test"].items()} for name, unit in done.items()}
-    for name, test in rounded.items():
-        if "with_another_tree" in done[name]:
-            test["template_match_with_another_tree"] = round(done[name]["with_another_tree"]["template_match"], 4)
-    summary = {"base, without trees": rounded.pop("masked_base")}
-    for name, test in rounded.items():
-        unit = done[name]
-        what = {"learning_rate": unit["learning_rate"], "dev_loss": round(unit["dev_loss"], 4)}
-        summary[name.removeprefix("masked_final_")] = what | test
+    summary = {"base, without trees": {key: round(value, 4) for key, value in done.pop("masked_base")["test"].items()}}
+    for name, unit in done.items():
+        figures = {"dev_loss": unit["dev_loss"], **unit["test"]}
+        figures["template_match_with_another_tree"] = unit["with_another_tree"]["template_match"]
+        rounded = {key: round(value, 4) for key, value in figures.items()}
+        summary[name.removeprefix("masked_final_")] = {"learning_rate": unit["learning_rate"], **rounded}
     return summary
 
 

@@ -20,7 +20,7 @@ from antefix.bank import Bank
 from antefix.errors import ServerError
 from antefix.server import replies, wire
 from antefix.server.app import make_app
-from antefix.server.keys import Keys
+from antefix.server.keys import Key, Keys
 from antefix.server.messages import Event, Failed, Finished, Job, Token
 from antefix.server.serving import Serving
 from antefix.server.tokens import Tokens
@@ -649,6 +649,10 @@ def test_a_key_opens_what_it_says(bank: Bank, tmp_path: Path) -> None:
     there, nowhere = (client.post("/v1/completions", {**COMPLETION, "model": m}) for m in ("talk", "nobody"))
     assert error(there, 403) == error(nowhere, 403), "a key learns nothing of what it does not open"
     assert error(client.get("/v1/models/nobody"), 403)["code"] == "model_not_allowed"
+    limited = Key(name="m", sha256=hashlib.sha256(b"k").hexdigest(), prefixes=("menus",), manage=True)
+    managing, _ = caller(bank, keys=Keys([limited]), key="k")
+    there, nowhere = (managing.post("/v1/load_prefix", {"prefix_name": name}) for name in ("talk", "nobody"))
+    assert error(there, 403) == error(nowhere, 403)
     error(client.post("/v1/load_prefix", {"prefix_name": "menus"}), 403)
     error(client.get("/metrics"), 403)
     assert len(engine.jobs) == 1

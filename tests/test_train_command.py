@@ -88,6 +88,13 @@ def test_a_dry_run_says_what_would_be_done_and_touches_nothing() -> None:
     assert CHECKPOINT.read_bytes() == before
 
 
+def test_the_next_command_reads_a_file_as_training_did() -> None:
+    words = ("--overwrite", "data.format=plain", 'data.reader.table_columns=["dish"]')
+    said = " ".join(CliRunner().invoke(app, ["train", "menus.toml", *words]).stderr.split())
+    assert "next: antefix generate --prefix bank/menus --input FILE --output texts.jsonl" in said
+    assert said.endswith("""--reader format=plain --reader 'table_columns=["dish"]'""")
+
+
 def test_a_restart_drops_the_checkpoint_only_once_all_is_checked() -> None:
     stop_after(2)
     assert "no such file" in train("--restart", "data.train=none.csv")

@@ -87,7 +87,8 @@ def _report(recipe: Recipe, prefix: Prefix, as_json: bool) -> None:
         f"kept {recipe.prefix_folder} ({prefix.num_bytes / 1024:,.0f} KiB, step {training['kept_step']} of "
         f"{training['steps']}, {training['seconds']:,.0f} s); log and curve in {recipe.run_folder}"
     )
-    reader = "".join(f" --reader {shlex.quote(f'{key}={_word(value)}')}" for key, value in recipe.data.reader.items())
+    options = ({} if recipe.data.format is None else {"format": recipe.data.format}) | recipe.data.reader
+    reader = "".join(f" --reader {shlex.quote(f'{key}={_word(value)}')}" for key, value in options.items())
     console().print(
         f"next: antefix generate --prefix {recipe.prefix_folder} --input FILE --output texts.jsonl{reader}",
         highlight=False, markup=False, soft_wrap=True,

@@ -92,7 +92,8 @@ async def model(model_id: str, request: Request, caller: Annotated[Caller, Depen
 async def load(asked: LoadRequest, request: Request, caller: Annotated[Caller, Depends(manager_of)]) -> str:
     """Read a prefix of the bank into memory, before anybody asks for it."""
     serving = serving_of(request)
-    folder = _folder(serving, asked)
+    with serving.telling_nothing(caller):
+        folder = _folder(serving, asked)
     serving.refuse_not_allowed(caller, (folder,))
     serving.models.card(folder)
     serving.models.refuse_taken(asked.prefix_name, folder)  # before anything is read for it

@@ -183,15 +183,14 @@ class WorkerEngine:
     async def _until_gone_or_silent(self) -> None:
         """In the end it is gone."""
         silent_s = self._settings.silent_s
-        while not self._gone.is_set():
-            left_s = self._heard_at + silent_s - time.monotonic()
-            if left_s <= 0:
-                _log.error("the engine's worker has said nothing for %.0f s: it is ended", silent_s)
-                await asyncio.to_thread(self._kill)
-                self._gone.set()
+        while (left_s := self._heard_at + silent_s - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(left_s, 0.0)):
+                async with asyncio.timeout(left_s):
                     await self._gone.wait()
+                    return
+        _log.error("the engine's worker has said nothing for %.0f s: it is ended", silent_s)
+        await asyncio.to_thread(self._kill)
+        self._gone.set()
 
     async def _restarted(self) -> bool:
         """Whether another worker takes jobs now."""

@@ -31,6 +31,7 @@ from antefix.training.prepared import Prepared, prepare
 from antefix.training.recipe import Recipe, TrainingRecipe
 
 _MOST_FIELDS = 100
+"""A card names: with more, what comes next may well have others."""
 
 Watch = Callable[[StepReport], None]
 
