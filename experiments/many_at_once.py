@@ -10,6 +10,11 @@ else. Tensors of both arms are compared as well.
 
 Finished rounds are kept in `results/many_at_once/`, all of them in `results/many_at_once.json`. `--users 4 --round 2`
 tries it. On two cores that do nothing else about an hour.
+
+    python experiments/many_at_once.py path/to/e2e-dataset.zip --device cuda --round 64 --tokens-per-batch 16384
+
+On an accelerator one round of all users, in minutes, is kept in `results/many_at_once_on_cuda/`. The first two users
+are trained once before anything is timed, since an accelerator's first steps are slow.
 """
 
 from __future__ import annotations
@@ -38,7 +43,6 @@ from antefix.training.users import User, Users, users_of
 
 from units import ROOT, Unit, announce, commit, finish, made_with  # isort: skip
 
-FOLDER, RESULT = ROOT / "results" / "many_at_once", ROOT / "results" / "many_at_once.json"
 PAIRS, EPOCHS = 16, 2
 PAIRS_PER_STEP = (4, 2, 16)
 SECONDS_A_PAIR = 0.25
@@ -51,40 +55,49 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--round", type=int, default=16)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens-per-batch", type=int, default=1024)
     options = parser.parse_args()
+    name = "many_at_once" if options.device == "cpu" else f"many_at_once_on_{options.device}"
+    folder, tokens = ROOT / "results" / name, options.tokens_per_batch
     base = load_base("smollm2-135m", dtype="float32", device=options.device)
     users = users_of_e2e(options.data)[: options.users]
     rounds = [users[first : first + options.round] for first in range(0, len(users), options.round)]
     seconds = 2 * options.round * PAIRS * EPOCHS * SECONDS_A_PAIR
     units = {
-        f"{pairs}_pairs_{options.round}_users_{n}": Unit(partial(one_round, base, some, pairs, n), seconds)
+        f"{pairs}_pairs_{options.round}_users_{n}": Unit(partial(one_round, base, some, pairs, n, tokens), seconds)
         for pairs in PAIRS_PER_STEP
         for n, some in enumerate(rounds if pairs == PAIRS_PER_STEP[0] else rounds[:1])
     }
-    announce(FOLDER, units)
-    found = finish(FOLDER, units)
+    announce(folder, units)
+    if options.device != "cpu":
+        one_round(base, users[:2], PAIRS_PER_STEP[0], 0, tokens)
+    found = finish(folder, units)
     result = {
         "users": len(users), "users_in_round": options.round, "pairs_each": PAIRS, "epochs": EPOCHS,
+        "tokens_per_batch": tokens,
         "together_is_faster_by": {
             f"steps of {pairs} pairs": spread([one for name, one in found.items() if name.startswith(f"{pairs}_")])
             for pairs in PAIRS_PER_STEP
         },
         "commit": commit(), "made_with": made_with(),
     }  # fmt: skip
-    atomic.write_bytes(RESULT, f"{json.dumps(result, indent=1)}\n".encode())
+    atomic.write_bytes(folder.with_suffix(".json"), f"{json.dumps(result, indent=1)}\n".encode())
     print(json.dumps(result["together_is_faster_by"], indent=1))
 
 
 def users_of_e2e(data: str) -> list[User]:
     """Of 16 pairs each, without a dev set."""
-    everybody = users_of(recipe_of(PAIRS_PER_STEP[0], data), ("name", "priceRange"), PAIRS)
+    everybody = users_of(recipe_of(PAIRS_PER_STEP[0], data=data), ("name", "priceRange"), PAIRS)
     whole = [(user, [*user.train, *user.dev]) for user in everybody.users]
     return [replace(user, train=tuple(sample_pairs(some, PAIRS, 0)), dev=()) for user, some in whole]
 
 
-def recipe_of(pairs_per_step: int, data: str = "none") -> Recipe:
+def recipe_of(pairs_per_step: int, tokens_per_batch: int = 1024, data: str = "none") -> Recipe:
     """Ten slots; the data are given."""
-    training = {"max_steps": EPOCHS * PAIRS // pairs_per_step, "pairs_per_step": pairs_per_step, "evaluations": 0}
+    training = {
+        "max_steps": EPOCHS * PAIRS // pairs_per_step, "pairs_per_step": pairs_per_step, "evaluations": 0,
+        "tokens_per_batch": tokens_per_batch,
+    }  # fmt: skip
     return Recipe.model_validate(
         {
             "name": "many", "base": "smollm2-135m", "dtype": "float32", "bank": "none", "run": "none",
@@ -93,9 +106,11 @@ def recipe_of(pairs_per_step: int, data: str = "none") -> Recipe:
     )  # fmt: skip
 
 
-def one_round(base: Base, users: Sequence[User], pairs_per_step: int, number: int) -> dict[str, Any]:
+def one_round(
+    base: Base, users: Sequence[User], pairs_per_step: int, number: int, tokens_per_batch: int
+) -> dict[str, Any]:
     """Both arms, the first of them in turns."""
-    plan = plan_many(recipe_of(pairs_per_step), Users(list(users), [], {}))
+    plan = plan_many(recipe_of(pairs_per_step, tokens_per_batch), Users(list(users), [], {}))
     arms = {"together": together, "one_after_another": one_after_another}
     seconds, tensors = {}, {}
     for name in list(arms)[:: -1 if number % 2 else 1]:

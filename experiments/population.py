@@ -4,8 +4,9 @@
 
 SmolLM2-135M in float32, the task of `few_shot.py`: 20 candidates of a prompt, each on 32 sentences. One after another
 still reads its sentences in one batch, so the ratio says what mixing prompts in a batch gains or costs, not what
-batches do. Both take turns, a generation each, in six rounds. Finished rounds are kept in `results/population/`; a
-quarter of an hour, in one process on a machine that does nothing else.
+batches do. Both take turns, a generation each, in six rounds. Finished rounds are kept in `results/population/`, those
+of an accelerator in `results/population_on_cuda/`; a quarter of an hour on two cores, in one process on a machine that
+does nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import antefix
 from antefix.benchmarks.rounds import Kept, Spread, interleave
 from antefix.data.example import Example
@@ -29,7 +32,7 @@ from few_shot import FORMAT, POPULATION, PROMPT_TOKENS, TRAIN_TOKENS, WORDS  # i
 from smollm import READ, smollm  # isort: skip
 from units import ROOT, Unit, announce, finish, made_with  # isort: skip
 
-RESULTS = ROOT / "results" / "population"
+RESULTS = ROOT / "results" / ("population_on_cuda" if torch.cuda.is_available() else "population")
 ROUNDS = 6
 ARMS = {"one_batch": None, "one_by_one": 1}
 """How many candidates share a batch; None: all."""

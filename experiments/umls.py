@@ -8,7 +8,7 @@ The learning rate is the best of three by the loss on 100 dev triples, and as ma
 some may be true by the other files), after two fifths of an epoch with a schedule of their own. On the test set:
 filtered MR, MRR and Hits@1, 3, 10 over the heads and tails of 100 triples of 661, drawn once, the same for all arms;
 and the accuracy of telling all test triples from as many false ones, with a threshold that is chosen on the dev set.
-Writes `results/umls/`; forty minutes on two cores, as two processes with one thread each.
+Writes `results/umls/`; minutes on an accelerator, forty on two cores (two processes with one thread each).
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def trained(
 
 def search(folder: Path, arm: str, rate: float) -> dict[str, Any]:
     train, dev, _ = data(folder)
-    prefix = trained(antefix.load_base("minilm-l6"), train, dev, arm, rate, SEARCH_EPOCHS)
+    prefix = trained(antefix.load_base("minilm-l6", device="auto"), train, dev, arm, rate, SEARCH_EPOCHS)
     (score,) = prefix.card.scores["dev"]
     return {"arm": arm, "learning_rate": rate, "dev_loss": score["dev_loss"]}
 
 
 def final(folder: Path, arm: str, rate: float) -> dict[str, Any]:
     """Train, and score on the test set."""
-    base = antefix.load_base("minilm-l6")
+    base = antefix.load_base("minilm-l6", device="auto")
     train, dev, test = data(folder)
     started = time.perf_counter()
     prefix = trained(base, train, dev, arm, rate, EPOCHS)
