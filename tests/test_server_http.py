@@ -33,7 +33,12 @@ BASE = "tiny/llama"
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     folder, model = tmp_path_factory.mktemp("served") / "bank", tiny_model("llama")
     cards: dict[str, Any] = {
-        "menus": {"text_format": {"linearise": "table"}, "decoding": {"max_new_tokens": 7}, "tags": ("food",)},
+        "menus": {
+            "text_format": {"linearise": "table"},
+            "decoding": {"max_new_tokens": 7},
+            "tags": ("food",),
+            "scores": {"dev": [{"step": 1, "dev_loss": 3.0}, {"step": 2, "dev_loss": 2.0}]},
+        },
         "talk": {"text_format": {"chat": True, "instruction": "Be short. "}},
         "drawn": {"decoding": {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "num_beams": 5}},
         "news": {"text_format": {"linearise": "triples"}},
@@ -522,6 +527,8 @@ def test_the_models_with_their_parents(bank: Bank) -> None:
     one = client.get(f"/v1/models/{BASE}:menus").json()
     assert one["antefix"]["card"]["text_format"]["linearise"] == "table"
     assert client.get("/v1/models/menus").json() == one
+    (listed,) = [m for m in client.get("/v1/models").json()["data"] if m["id"] == one["id"]]
+    assert listed["antefix"].items() <= one["antefix"].items(), "the list says of a prefix what its own page says"
     assert client.get(f"/v1/models/{BASE}").json()["parent"] is None
     assert error(client.get(f"/v1/models/{BASE}:none"), 404)["code"] == "model_not_found"
     error(client.get("/v1/models/../../etc"), 404)

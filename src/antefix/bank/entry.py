@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from antefix.errors import PrefixError
-from antefix.prefix import CARD_FILE, read_card
+from antefix.prefix import CARD_FILE, Card, read_card
 from antefix.tensor_file import TENSORS_FILE
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", re.ASCII)
@@ -42,7 +42,7 @@ class Entry(BaseModel):
     """The names of the prefixes that it was made from."""
     licence: str | None = None
     scores: dict[str, Any] = {}
-    """Of a score that was taken several times during training, the last."""
+    """See `latest_scores`."""
 
 
 class Stamps(NamedTuple):
@@ -102,9 +102,14 @@ def look(folder: str, name: str) -> Look | None:
         num_virtual_tokens=card.num_virtual_tokens,
         base=card.base.name, fingerprint=card.base.fingerprint, num_bytes=stamps.tensors[2],
         tags=card.tags, parents=card.parents, licence=card.licence,
-        scores={k: v[-1] if isinstance(v, list) and v else v for k, v in card.scores.items()},
+        scores=latest_scores(card),
     )  # fmt: skip
     return Look(stamps, entry, "\n".join([name, *card.tags, card.notes]).casefold())
+
+
+def latest_scores(card: Card) -> dict[str, Any]:
+    """Of a score that was taken several times during training, the last."""
+    return {k: v[-1] if isinstance(v, list) and v else v for k, v in card.scores.items()}
 
 
 def version_of(name: str) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from fastapi.responses import PlainTextResponse
 
 from antefix import bank
 from antefix.bank import Entry
+from antefix.bank.entry import latest_scores
 from antefix.errors import ServingError
 from antefix.server.keys import Caller
 from antefix.server.refusal import Refusal
@@ -81,7 +82,7 @@ async def model(model_id: str, request: Request, caller: Annotated[Caller, Depen
         "num_virtual_tokens": card.num_virtual_tokens,
         "tags": list(card.tags),
         "licence": card.licence,
-        "scores": card.scores,
+        "scores": latest_scores(card),
         "resident": resident,
         "card": card.model_dump(mode="json"),
     }

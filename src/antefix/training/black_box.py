@@ -69,13 +69,13 @@ def search_loop(
     """
     if num_processes() > 1:
         raise TrainingError("what is found without gradients is searched in one process: start it without a launcher")
+    module.to(model.device).eval()
     points = module.searched()
     num_generations = planned_generations(module, recipe)
     searches = [_search(point, module.step_size, recipe, number) for number, point in enumerate(points)]
     written = _Generations(None if run_folder is None else run_folder / GENERATIONS_FILE, digest)
     evaluate_at = evaluation_steps(num_generations, recipe.evaluations if dev_set or dev_metric else 0)
     progress, best = Progress(seconds=written.seconds), module.kept()
-    module.eval()
     with torch.no_grad(), attached(model, module) as attachment:
         form = batch_form(model, train_set, recipe.packed, labels=module.head is not None)
         feed, dev_feed = (
