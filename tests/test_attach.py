@@ -353,6 +353,12 @@ def test_what_does_not_fit_is_said(llama: Base) -> None:
         match=r"keys of shape \(6, \d+, 8\) and values of shape \(6, \d+, 8\) at layers.0.self, this base takes \(2, ",
     ):
         attach(llama.model, tiny_method(tiny_base("gpt2")))
+    with pytest.raises(PrefixError, match=r"slots at layers.0.encoder_self, this base has no such site, but layers"):
+        attach(llama.model, tiny_method(tiny_base("bart")))
+    first.slots = lambda: {"layers.0.self": tuple(second.slots()["layers.0.self"])}
+    with pytest.raises(PrefixError, match=r"slots at layers.0.self are of type tuple: make them a KeyValue"):
+        attach(llama.model, first)
+    del first.slots
     llama.model.config._attn_implementation = "flex_attention"
     with pytest.raises(
         BaseModelError, match="the model uses attention 'flex_attention', a prefix needs one of sdpa, eager"

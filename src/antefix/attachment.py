@@ -99,9 +99,8 @@ class Attachment:
                 module.to(device)
         with torch.no_grad():
             made = self._make()
-        for site in sites.attention:
-            for of_module in made:
-                check_fits(site, of_module.slots.get(site.name))
+        for of_module in made:
+            check_fits(sites.attention, of_module.slots)
         self._acts_in_passes = any(m.branches or m.linear or m.inserted or m.new_tokens is not None for m in made)
         reads_sources = "self" in sites.kinds and not sites.is_encoder_decoder
         self._tells_targets = reads_sources and any(m.for_targets or m.needs_places for m in modules)

@@ -5,12 +5,14 @@ Axes: U prefixes in use, B rows, P slots, G key/value heads, D key width, E valu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from antefix.attention.partial import KeySet, Mask
 from antefix.errors import PrefixError
-from antefix.parts.key_value import KeyValue
+from antefix.parts.key_value import KeyValue, Slots
 from antefix.sites import Site
 
 
@@ -34,18 +36,26 @@ def stacked(every: list[KeyValue | None], index_B: Tensor) -> list[KeySet]:
     return [KeySet(key, value, None if bool(visible_B11P.all()) else Mask.of(visible_B11P, key.dtype))]
 
 
-def check_fits(site: Site, slots: KeyValue | None) -> None:
-    """Raises PrefixError for a prefix made for another base: it would fail deep inside, or worse, broadcast."""
-    if slots is None:
-        return
-    G, D, E = site.num_key_value_heads, site.key_width, site.value_width
-    key, value = tuple(slots.key_GPD.shape), tuple(slots.value_GPE.shape)
-    P = key[1] if len(key) == 3 else "P"
-    if (key, value) != ((G, P, D), (G, P, E)):
-        raise PrefixError(
-            f"the prefix has keys of shape {key} and values of shape {value} at {site.name}, this base takes "
-            f"({G}, {P}, {D}) and ({G}, {P}, {E}), heads by slots by width: load the base it was trained on"
-        )
+def check_fits(sites: Iterable[Site], slots: Slots) -> None:
+    """Raises PrefixError for slots of another base: they would fail deep inside, or worse, broadcast or be lost."""
+    by_name = {site.name: site for site in sites}
+    for name, of_site in slots.items():
+        if name not in by_name:
+            raise PrefixError(
+                f"the prefix has slots at {name}, this base has no such site, but {', '.join(list(by_name)[:2])} and "
+                "so on: load the base it was trained on"
+            )
+        if not isinstance(of_site, KeyValue):
+            raise PrefixError(f"slots at {name} are of type {type(of_site).__name__}: make them a KeyValue(key, value)")
+        site = by_name[name]
+        G, D, E = site.num_key_value_heads, site.key_width, site.value_width
+        key, value = tuple(of_site.key_GPD.shape), tuple(of_site.value_GPE.shape)
+        P = key[1] if len(key) == 3 else "P"
+        if (key, value) != ((G, P, D), (G, P, E)):
+            raise PrefixError(
+                f"the prefix has keys of shape {key} and values of shape {value} at {name}, this base takes "
+                f"({G}, {P}, {D}) and ({G}, {P}, {E}), heads by slots by width: load the base it was trained on"
+            )
 
 
 def _padded(slots_GPD: Tensor | None, like_GPD: Tensor, longest: int) -> Tensor:
