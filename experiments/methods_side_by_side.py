@@ -1,4 +1,4 @@
-"""All methods for causal models on the same E2E pairs, each at one budget of stored values.
+"""Methods that act in attention or at the input on the same E2E pairs, each at one budget of stored values.
 
     python experiments/methods_side_by_side.py path/to/e2e-dataset.zip
 
@@ -9,7 +9,7 @@ chosen on the dev set whose loss is reported. Units, in this order:
 
 - search: three learning rates a method, a third, once and three times its default, 200 pairs each.
 - final: 1,000 pairs (the same in every step of every method) at the best rate; dev loss on the way, BLEU of greedy
-  texts for 100 test inputs. One seed, three for the cheapest three.
+  texts for 100 test inputs. One seed; three for three methods that promised to be cheap before costs were known.
 - costs: time and memory of all methods in turn (`method_costs`), on a machine that does nothing else.
 
 Every finished unit is a file in `results/methods_side_by_side/units/`: figures, no texts. About three hours on two
@@ -59,7 +59,7 @@ PAPERS_SIZES: dict[str, dict[str, Any]] = {
 }
 """Of three methods the size of their paper or released code."""
 FACTORS = (1 / 3, 1.0, 3.0)
-CHEAPEST, SEEDS = ("prefix_tuning", "infix", "llama_adapter"), (0, 1, 2)
+WITH_ALL_SEEDS, SEEDS = ("prefix_tuning", "infix", "llama_adapter"), (0, 1, 2)
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ def rates(method: str, config: dict[str, Any]) -> list[float]:
 
 
 def seeds_of(name: str) -> tuple[int, ...]:
-    return SEEDS if name in CHEAPEST else SEEDS[:1]
+    return SEEDS if name in WITH_ALL_SEEDS else SEEDS[:1]
 
 
 def key(name: str) -> str:

@@ -56,7 +56,8 @@ RATES = {
 }
 MASKED_RATES = {arm: (3e-4, 1e-3, 3e-3) if arm == FULL else (5e-2, 1.5e-1, 0.5) for arm in RATES}
 FINAL_SECONDS = 450.0
-"""Of a final on one core, for the estimate; the control's units are told when their turn comes."""
+"""Of a final on one core, for the estimate."""
+JUDGED_WITH_ANOTHER_TREE = ("bleu", "template_match", "tree_edit_distance")
 SPAN_BEGINS = 0.2
 """At how many words a masked span of one to three words begins."""
 
@@ -74,7 +75,11 @@ def main() -> None:
         for rate in rates
     }
     finals = {f"final_{arm}_seed_{seed}": Unit(dict, FINAL_SECONDS) for arm in RATES for seed in SEEDS}
-    announce(RESULTS / "units", searches | finals)
+    of_control = {
+        f"masked_search_{arm}_{rate:g}": Unit(dict, 100.0) for arm, rates in MASKED_RATES.items() for rate in rates
+    }
+    announce(RESULTS / "units", searches | finals | of_control)
+    print(f"and two finals an arm of the control, {2 * len(RATES) * FINAL_SECONDS / 3600:.1f} h", flush=True)
     found = finish(RESULTS / "units", searches)
     best = {arm: best_rate(found, f"search_{arm}") for arm in RATES}
     finals = {
@@ -153,7 +158,9 @@ def filled_in(data: dict[str, list[Example]]) -> dict[str, Any]:
     for arm in MASKED_RATES:
         units = sorted((unit for unit in done.values() if unit["arm"] == arm), key=lambda unit: unit["dev_loss"])
         figures = {"dev_loss": units[0]["dev_loss"], **units[0]["test"]}
-        figures["template_match_with_another_tree"] = units[0]["with_another_tree"]["template_match"]
+        figures |= {
+            f"{name}_with_another_tree": units[0]["with_another_tree"][name] for name in JUDGED_WITH_ANOTHER_TREE
+        }
         rounded = {key: round(value, 4) for key, value in figures.items()}
         tried = {f"{unit['learning_rate']:g}": round(unit["dev_loss"], 4) for unit in units}
         summary[arm] = {"dev_loss_of_rates": tried, **rounded}
@@ -247,8 +254,8 @@ def summed(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         units = [found[f"final_{arm}_seed_{seed}"] for seed in SEEDS]
         summary[arm] = {"dev_loss": [round(u["dev_loss"], 4) for u in units]}
         summary[arm] |= {name: [round(u["test"][name], 4) for u in units] for name in units[0]["test"]}
-        others = [round(u["with_another_tree"]["template_match"], 4) for u in units]
-        summary[arm]["template_match_with_another_tree"] = others
+        for name in JUDGED_WITH_ANOTHER_TREE:
+            summary[arm][f"{name}_with_another_tree"] = [round(u["with_another_tree"][name], 4) for u in units]
     return summary
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from antefix.attach import attached
 from antefix.base import load_base
 from antefix.fingerprint import fingerprint
 from antefix.products import FrozenConv1D, FrozenLinear, by_onednn, by_torch
+
+CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
 
@@ -109,6 +112,15 @@ def test_weights_stay_what_they_are(model: PreTrainedModel) -> None:
     by_onednn(model)
     assert fingerprint(copy.deepcopy(model)) == fingerprint(model) == before
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_code_is_kept_for_few_shapes_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CAPACITY, "7")
+    by_onednn(nn.Linear(2, 2))
+    assert os.environ[CAPACITY] == "7"
+    monkeypatch.delenv(CAPACITY)
+    by_onednn(nn.Linear(2, 2))
+    assert int(os.environ[CAPACITY]) < 1024
 
 
 def test_a_base_is_loaded_so_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
