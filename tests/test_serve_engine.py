@@ -6,6 +6,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -21,7 +22,7 @@ from serving import add_prefix, alone, assert_same_text, greedy, kept, some_prom
 from antefix.bank import Bank
 from antefix.base import Base
 from antefix.errors import ServingError
-from antefix.server import worker
+from antefix.server import heap, worker
 from antefix.server.engine import Engine, EngineSettings, start_engine
 from antefix.server.messages import Event, Failed, Finished, Job, Ready, Sampling, Token
 from antefix.server.worker_engine import WorkerEngine
@@ -317,3 +318,14 @@ def test_a_base_that_cannot_be_loaded_is_named(tmp_path: Path, run: Run) -> None
             await start_engine(EngineSettings(base=str(tmp_path), bank=tmp_path))
 
     run(body)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_memory_between_what_is_in_use_is_given_back() -> None:
+    process, size = psutil.Process(), 60_000  # too small to be a mapping of its own
+    blocks = [bytearray(size) for _ in range(3000)]
+    blocks = blocks[::50]  # these keep the heap from shrinking
+    before = process.memory_info().rss
+    heap.give_back()
+    assert before - process.memory_info().rss > 2000 * size
+    assert all(not any(block) for block in blocks)

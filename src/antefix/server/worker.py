@@ -21,6 +21,7 @@ import torch
 from antefix.bank import Bank
 from antefix.base import load_base
 from antefix.errors import AntefixError, ServingError, one_line
+from antefix.server.heap import give_back
 from antefix.server.logs import to_stderr
 from antefix.server.loop import Loop
 from antefix.server.messages import (
@@ -42,6 +43,8 @@ from antefix.server.settings import EngineSettings
 
 _MEASURE_EVERY_S = 0.25
 _RATE_OVER_S = 5.0
+_GIVE_BACK_EVERY_S = 10.0
+"""So that 20 ms are no share of the time."""
 _log = logging.getLogger(__name__)
 
 
@@ -89,6 +92,7 @@ class _Worker:
         self._connection, self._commands = connection, commands
         self._pace = _Pace()
         self._measured_at = 0.0
+        self._gave_back_at = time.monotonic()
         self._told_changes: object = None
         self._drains = False
 
@@ -102,6 +106,9 @@ class _Worker:
             if time.monotonic() - self._measured_at > _MEASURE_EVERY_S:
                 reports.append(self._measured())
             self._send(reports)
+            if time.monotonic() - self._gave_back_at > _GIVE_BACK_EVERY_S:
+                give_back()
+                self._gave_back_at = time.monotonic()
 
     def _obey_all(self) -> list[Report]:
         """What came meanwhile; where there is nothing to do, wait for something."""
