@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -41,6 +42,11 @@ def test_the_version_and_the_help() -> None:
     assert antefix("bank", "list", "--help").returncode == 0
 
 
+def test_methods_can_be_named() -> None:
+    rows = json.loads(antefix("methods", "prefix_tuning+lora", "--json").stdout)
+    assert [row["name"] for row in rows] == ["lora", "prefix_tuning"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -52,6 +58,7 @@ def test_the_version_and_the_help() -> None:
         (["bank", "list", "--bank", "nowhere"], "there is no bank 'nowhere'"),
         (["eval", "--references", "none.csv", "--hypotheses", "none.txt"], "none.csv: no such file"),
         (["doctor", "no/such/folder"], "no folder or file 'no/such/folder'"),
+        (["methods", "lorra"], "unknown method 'lorra': did you mean 'lora'?"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:

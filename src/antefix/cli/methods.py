@@ -10,6 +10,7 @@ from antefix.cli.output import Json, console, print_json
 
 
 def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these; without: all.")] = None,
     base: Annotated[
         str | None, typer.Option(help="Also count what is trained and kept on this base, at a method's defaults.")
     ] = None,
@@ -17,13 +18,17 @@ def methods(
 ) -> None:
     """List the methods: name, paper, what they are made of, what they need, and how large they are on a base.
 
-    Example: `antefix methods --base smollm2-135m`
+    Example: `antefix methods prefix_tuning lora --base smollm2-135m`
     """
     from antefix.accounting import flop_a_token
     from antefix.base import load_base
+    from antefix.methods import UNION, method_class
     from antefix.methods.listing import counted, listed
 
-    rows = listed()
+    wanted = [part for name in names or () for part in name.split(UNION)]
+    for name in wanted:
+        method_class(name)  # raises for one that is not there
+    rows = [row for row in listed() if not wanted or row["name"] in wanted]
     if base is not None:
         with console().status(f"loading {base}"):
             loaded = load_base(base)
