@@ -128,10 +128,9 @@ def _run(
         found["seconds_before"] = round(time.monotonic() - started, 1)
         found["kept_ones_trained_again"] = sum(stamps(folder).get(n) != moment for n, moment in kept.items())
         atomic.write_bytes(record, json.dumps(found).encode())
-    started, before = time.monotonic(), stamps(folder)
+    before = stamps(folder)
     report = _finished(_start(words))
     found["kept_ones_trained_again"] += sum(stamps(folder).get(n) != moment for n, moment in before.items())
-    found["seconds_of_going_on"] = round(time.monotonic() - started, 1)
     return found | {"prefixes": num_kept(folder), "failed": report["failed"]}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,24 @@ from transformers.pytorch_utils import Conv1D
 from antefix.attach import attached
 from antefix.base import load_base
 from antefix.fingerprint import fingerprint
-from antefix.products import FrozenConv1D, FrozenLinear, by_onednn, by_torch
+from antefix.products import _CPUINFO, FrozenConv1D, FrozenLinear, by_onednn, by_torch
 
-CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+MIB = 1 << 20
+MANY_SHAPES = """
+import psutil, torch
+from antefix.products import by_onednn
+from antefix.server.heap import give_back
+layer = torch.nn.Linear(256, 512).requires_grad_(False)
+by_onednn(layer)
+found = []
+for num_rows in range(1, 601):
+    layer(torch.ones(num_rows, 256))
+    if num_rows in (200, 600):
+        give_back()
+        found.append(psutil.Process().memory_info().rss)
+print(found[1] - found[0])
+"""
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
 
@@ -115,12 +132,20 @@ def test_weights_stay_what_they_are(model: PreTrainedModel) -> None:
 
 
 def test_code_is_kept_for_few_shapes_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CAPACITY, "7")
-    by_onednn(nn.Linear(2, 2))
-    assert os.environ[CAPACITY] == "7"
-    monkeypatch.delenv(CAPACITY)
-    by_onednn(nn.Linear(2, 2))
-    assert int(os.environ[CAPACITY]) < 1024
+    for name in CAPACITIES:
+        monkeypatch.setenv(name, "7")
+        by_onednn(nn.Linear(2, 2))
+        assert os.environ[name] == "7"
+        monkeypatch.delenv(name)
+        by_onednn(nn.Linear(2, 2))
+        assert int(os.environ[name]) < 1024
+
+
+@pytest.mark.skipif(not _CPUINFO.is_file(), reason="measured where memory is told as Linux tells it")
+def test_memory_does_not_grow_with_the_numbers_of_rows() -> None:
+    clean = {name: value for name, value in os.environ.items() if name not in CAPACITIES}
+    done = subprocess.run([sys.executable, "-c", MANY_SHAPES], capture_output=True, text=True, env=clean, check=True)
+    assert int(done.stdout) < 20 * MIB
 
 
 def test_a_base_is_loaded_so_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 _CPUINFO = Path("/proc/cpuinfo")
-_KEPT_PRIMITIVES = "128"
-"""Enough for all layers' shapes at a dozen numbers of rows; with 16 or 1,024 products took as long."""
+_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+"""Of oneDNN's compiled code, and of torch's descriptions of it, the latest that are kept. Enough for all layers' shapes
+at two dozen numbers of rows; with 16 or 1,024 products took as long."""
 
 
 @cache
@@ -54,10 +55,12 @@ _BY_TORCH = {ours: torchs for torchs, ours in _BY_ONEDNN.items()}
 def by_onednn(model: nn.Module) -> None:
     """Hand the products of a model's frozen linear layers to oneDNN.
 
-    It compiles code for every number of rows, half a megabyte each, and keeps the latest 1,024: for texts of all
-    lengths that is half a gigabyte. Unless the environment says otherwise, fewer are kept.
+    It compiles code for every shape of a layer and every number of rows, a quarter of a megabyte each, torch describes
+    each in as much again, and both keep the latest 1,024: for texts of all lengths that is half a gigabyte. Unless
+    the environment says otherwise, fewer are kept.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_PRIMITIVES)
+    for name, number in _KEPT.items():
+        os.environ.setdefault(name, number)
     _exchange(model, _BY_ONEDNN)
 
 
