@@ -91,6 +91,24 @@ def test_who_is_not_done_when_the_time_is_up_is_told(tmp_path: Path) -> None:
         assert all("traceback" not in line for line in served.log())
 
 
+def test_a_second_signal_takes_the_time_away(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    asked = {"model": BASE, "prompt": "x", "max_tokens": 450, "ignore_eos": True, "n": 8, "stream": True}
+    with serving(tmp_path, "--grace", "600", "--name", BASE) as served, served.client() as client:
+        worker = worker_of(served)
+        with client.stream("POST", "/v1/completions", json=asked) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            served.process.send_signal(signal.SIGINT)
+            until(lambda: any("stopping" in line["message"] for line in served.log()), 20)
+            served.process.send_signal(signal.SIGINT)
+            *_, last = [line for line in lines if line]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
+        assert served.process.wait(20) == 0
+        assert not worker.is_running()
+        assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
+
+
 def test_the_death_of_the_engine_and_an_orderly_end(tmp_path: Path) -> None:
     """One server for both: starting it is what takes long."""
     make_files(tmp_path)

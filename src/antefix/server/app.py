@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,10 +45,10 @@ _HEADERS = {
 
 
 def make_app(serving: Serving) -> FastAPI:
-    """The application over an engine that runs already; it stops the engine when it is stopped itself."""
+    """The application over an engine that runs already, and is stopped by whoever started it."""
     app = FastAPI(
         title="Antefix", version=VERSION, description="Many prefixes over one base.", docs_url=None, redoc_url=None,
-        lifespan=_lifespan, responses=_REFUSALS, separate_input_output_schemas=False,
+        responses=_REFUSALS, separate_input_output_schemas=False,
     )  # fmt: skip
     app.state.serving = serving
     for module in (completions, chat, tables, listing):
@@ -66,14 +65,6 @@ def make_app(serving: Serving) -> FastAPI:
     app.add_middleware(Logged, meters=serving.meters, log_texts=serving.rules.log_texts)
     _without_422(app)
     return app
-
-
-@asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    yield
-    serving: Serving = app.state.serving
-    serving.admission.stopping = True
-    await serving.engine.stop(serving.rules.grace_s)
 
 
 async def health(request: Request) -> Response:

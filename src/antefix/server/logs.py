@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -44,11 +45,17 @@ def to_stderr() -> None:
     """The server's and uvicorn's own lines to stderr, all of one form."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    handler.addFilter(_is_no_cut)
     for name, level in (("antefix.server", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level)
         logger.propagate = False
+
+
+def _is_no_cut(record: logging.LogRecord) -> bool:
+    """uvicorn tells of a request that a second signal cut off as of a fault; its line says what it was."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def failed(told: dict[str, Any], error: Exception) -> Refusal:
@@ -99,6 +106,9 @@ class Logged:
 
         try:
             await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            told["cut_off"] = True
+            raise
         except Exception as error:
             if status:  # it is too late to say so
                 raise

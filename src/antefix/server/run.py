@@ -69,13 +69,14 @@ def serve(place: Place, engine: EngineSettings, rules: Rules, on_ready: Callable
 
 async def _until_stopped(serving: Serving, listening: socket.socket) -> None:
     config = uvicorn.Config(
-        make_app(serving), log_config=None, access_log=False, server_header=False,
+        make_app(serving), log_config=None, access_log=False, server_header=False, lifespan="off",
         timeout_graceful_shutdown=math.ceil(serving.rules.grace_s) + _TO_SAY_SO_S, timeout_keep_alive=75,
     )  # fmt: skip
     server = _Server(config, serving)
     watching = asyncio.create_task(_watch(serving.engine, server))
     await server.serve(sockets=[listening])
     watching.cancel()
+    await serving.engine.stop(0)
     if server.engine_died:
         raise ServingError("the engine's worker died too often: the server ends (its log says why)", "unavailable")
 
@@ -88,35 +89,45 @@ async def _watch(engine: Engine, server: _Server) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Stops on the first signal, giving open requests their time, and at once on the second."""
+    """Stops on a signal, giving open requests their time; another signal takes that time away.
+
+    The engine tells open requests that their time is up, where uvicorn would cut them off. That is left for those
+    who do not read what they are told.
+    """
 
     def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
         super().__init__(config)
         self._serving = serving
         self.engine_died = False
-        self._stopping: asyncio.Future[None] | None = None
+        self._stopping: list[asyncio.Future[None]] = []
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn would raise them again at the end; to be stopped is no failure."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop, number)
+            loop.add_signal_handler(number, self._stop)
         try:
             yield
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
-    def _stop(self, number: int) -> None:
-        self._serving.admission.stopping = True
-        if self._stopping is None:  # the engine tells open requests when their time is up; uvicorn would cut them off
+    def _stop(self) -> None:
+        admission, grace_s = self._serving.admission, self._serving.rules.grace_s
+        if self._stopping:
+            grace_s = 0
+            asyncio.get_running_loop().call_later(_TO_SAY_SO_S, self._cut_off)
+        else:
             _log.warning(
                 "stopping: %d texts are open and have %g s; the same signal again ends them at once",
-                self._serving.admission.open, self._serving.rules.grace_s,
+                admission.open, grace_s,
             )  # fmt: skip
-            self._stopping = asyncio.ensure_future(self._serving.engine.stop(self._serving.rules.grace_s))
-        self.handle_exit(number, None)
+        admission.stopping = self.should_exit = True
+        self._stopping.append(asyncio.ensure_future(self._serving.engine.stop(grace_s)))
+
+    def _cut_off(self) -> None:
+        self.force_exit = True
 
 
 def _listen(place: Place) -> socket.socket:
