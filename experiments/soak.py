@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import random
 import shutil
@@ -168,6 +167,16 @@ class Soak:
         return samples
 
 
+def health_at_rest(address: str) -> dict[str, Any]:
+    """When the last who vanished are noticed, which takes a step of the batch; after a while, whatever there is."""
+    end = time.monotonic() + 10
+    while True:
+        health: dict[str, Any] = httpx.get(f"{address}/health").json()
+        if not health["running"] + health["waiting"] or time.monotonic() > end:
+            return health
+        time.sleep(0.2)
+
+
 def memory(process: int) -> dict[str, float]:
     """Resident MiB of the server and of its engine's worker (the largest child)."""
     server = psutil.Process(process)
@@ -228,8 +237,7 @@ def main() -> None:
         with open(given.out / "server.log", "w") as log, served(words, log) as (process, address):
             soak = Soak(address, folder / "bank", spare, given.prefixes)
             samples = asyncio.run(soak.run(given.minutes, given.clients, process.pid))
-            with contextlib.suppress(httpx.HTTPError):
-                health = httpx.get(f"{address}/health").json()
+            health = health_at_rest(address)
     found = {
         "minutes": given.minutes, "clients": given.clients, "prefixes": given.prefixes, "base": given.base,
         "tiny": given.tiny, "requests": sum(soak.counts.values()),
