@@ -281,6 +281,11 @@ def test_a_field_that_was_not_in_training_is_told(shop: Path, base: Base) -> Non
     said = CliRunner().invoke(app, [*words, str(shop / "well.txt"), "--reader", "target_column=answer"])
     assert said.exit_code == 0
     assert "has not seen" not in said.stderr
+    file.write_text("prefix,name,answer\ntrained,x,It is 0.\n,y,It is 1.\n", encoding="utf-8")
+    words = ["generate", "--prefix-column", "prefix", "--bank", str(shop / "bank"), *words[3:]]
+    said = CliRunner().invoke(app, [*words, str(shop / "each.txt")])
+    assert said.exit_code == 0
+    assert said.stderr.count("has not seen the field") == 1
 
 
 def test_generating_leaves_the_base_as_it_was(base: Base, prefix: Prefix) -> None:

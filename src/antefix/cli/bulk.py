@@ -31,6 +31,8 @@ class Bulk:
     sources: list[Example]
     writers: list[Writer]
     """Of every source."""
+    cards: list[Card | None]
+    """Of every source's prefix."""
     bank: Bank
     base: BaseRecord | None
     """Of the prefixes that rows name."""
@@ -77,7 +79,8 @@ def prepare_bulk(
         writers[None] = _bare_writer(bare, decoding, text)
     decides = [*(card.model_dump_json() for card in cards.values()), repr(names), repr([s.asked for s in sources])]
     decides += [*decoding, "", *text]
-    return Bulk(sources, [writers[n] for n in names], bank, None if some is None else some.base, decides)
+    of_rows = [None if n is None else cards[n] for n in names]
+    return Bulk(sources, [writers[n] for n in names], of_rows, bank, None if some is None else some.base, decides)
 
 
 def _check_one_base(cards: dict[str, Card]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from antefix.data import Example
     from antefix.data.linearise import TextFormat
     from antefix.decoding import Decoding
-    from antefix.prefix import BaseRecord, Prefix
+    from antefix.prefix import BaseRecord, Card, Prefix
 
     Each = Callable[[Sequence[Example]], Iterator[tuple[int, str]]]
     """Texts or labels of sources, as they are done."""
@@ -92,6 +93,7 @@ def generate(
             raise CommandError("--prefix-column is for a file of sources alone: give --input, and no --prefix")
         _require_output(output)
         bulk = prepare_bulk(input_file, how, prefix_column, bank, base, decoding or [], text or [], limit)
+        _say_unknown_fields(bulk.sources, bulk.cards)
         loaded = _base(bulk.base, base, dtype, device)
         answers = partial(
             bulk.answers, loaded, resident_bytes=resident_mib << 20, batch_size=batch_size, on_cut=_say_cut
@@ -107,7 +109,7 @@ def generate(
         _require_output(output)
     examples, text_format = _sources(source, input_file, how, kept, text or [])
     examples = examples[:limit]
-    _say_unknown_fields(kept, examples)
+    _say_unknown_fields(examples, repeat(None if kept is None else kept.card))
     options = override(dict(_default_decoding(kept, examples)), decoding or [])
     chosen = validated(Decoding, options, "decoding option ")
     loaded = _base(None if kept is None else kept.card.base, base, dtype, device)
@@ -177,16 +179,23 @@ def _default_decoding(kept: Prefix | None, examples: list[Example]) -> dict[str,
     return default_decoding(examples).model_dump(exclude_defaults=True)
 
 
-def _say_unknown_fields(kept: Prefix | None, examples: Sequence[Example]) -> None:
-    """A field that was not in training is a slip most of the time: a misspelt column, or the answer itself."""
+def _say_unknown_fields(examples: Sequence[Example], cards: Iterable[Card | None]) -> None:
+    """A field that was not in training is a slip most of the time: a misspelt column, or the answer itself.
+
+    cards: of every example's prefix.
+    """
     from antefix.data import Table
 
-    known = kept.card.training.get("fields") if kept is not None else None
-    tables = (e.source for e in examples if isinstance(e.source, Table))
-    unknown = dict.fromkeys(field for table in tables for field, _ in table.fields if known and field not in known)
-    for field in unknown:
+    unknown: dict[str, list[str]] = {}
+    for example, card in zip(examples, cards, strict=False):
+        known: list[str] = card.training.get("fields") or [] if card is not None else []
+        if known and isinstance(example.source, Table):
+            for field, _ in example.source.fields:
+                if field not in known:
+                    unknown.setdefault(field, known)
+    for field, known in unknown.items():
         console().print(
-            f"the prefix has not seen the field '{field}' in training ({', '.join(known or ())}); if it holds what is "
+            f"the prefix has not seen the field '{field}' in training ({', '.join(known)}); if it holds what is "
             f"to be written, say --reader target_column={field}",
             highlight=False, markup=False, style="yellow",
         )  # fmt: skip
