@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from app_caller import BASE, COMPLETION, caller, error, make_bank
+from pydantic import TypeAdapter
 
 from antefix.bank import Bank
+from antefix.server import listing, replies
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,17 @@ def test_the_list_in_pages_by_search_and_by_tag(bank: Bank) -> None:
     assert (names("limit=2"), first["has_more"]) == ([BASE, "drawn"], True)
     last = client.get(f"/v1/models?limit=3&after={first['data'][-1]['id']}").json()
     assert ([m["root"] for m in last["data"]], last["has_more"]) == (["menus", "news", "talk"], False)
+
+
+def test_the_list_is_whole_however_many_are_read_at_once(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _ = caller(bank)
+    whole = client.get("/v1/models").json()
+    TypeAdapter(replies.ModelList).validate_python(whole, extra="forbid")
+    for size in (1, 2, 3, 4):
+        monkeypatch.setattr(listing, "_PAGE", size)
+        assert client.get("/v1/models").json() == whole
+        assert client.get("/v1/models?limit=3").json() == {**whole, "data": whole["data"][:3], "has_more": True}
+        assert client.get("/v1/models?limit=5").json() == whole
 
 
 def test_a_new_prefix_is_there_at_once_and_a_removed_one_gone(bank: Bank, tmp_path: Path) -> None:

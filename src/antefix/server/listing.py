@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import TypeAdapter
 
 from antefix import bank
 from antefix.bank import Entry
@@ -22,10 +24,11 @@ from antefix.server.writing import refusal_of
 
 routes = APIRouter()
 _PAGE = 1000
-"""Prefixes that are looked through at once, at least."""
+"""Prefixes that are looked through at once."""
+_MODEL: TypeAdapter[Model] = TypeAdapter(Model)
 
 
-@routes.get("/v1/models")
+@routes.get("/v1/models", response_model=ModelList)
 async def models(
     request: Request,
     caller: Annotated[Caller, Depends(caller_of)],
@@ -33,34 +36,40 @@ async def models(
     tag: Annotated[str, Query(max_length=200)] = "",
     limit: Annotated[int | None, Query(ge=1, le=1_000_000)] = None,
     after: Annotated[str, Query(max_length=600, description="Only what comes after this id.")] = "",
-) -> ModelList:
+) -> Response:
     """The base and its prefixes, those that the caller may ask for."""
     serving = serving_of(request)
     resident = {one.name for one in serving.engine.resident()}
-    found: list[Model] = []
+
+    def written(entries: Sequence[Entry]) -> list[bytes]:
+        return [
+            _MODEL.dump_json(serving.models.prefix_model(entry.name, _of_prefix(entry, entry.name in resident)))
+            for entry in entries
+            if caller.may_use((entry.name,))
+        ]
+
+    found: list[bytes] = []
     if not (tag or after) and search.lower() in serving.models.base_id.lower() and caller.may_use(()):
-        found.append(serving.models.base_model())
-    start = after.removeprefix(f"{serving.models.base_id}:")
-    if after == serving.models.base_id:
-        start = ""
-    async for entry in _entries(serving, search, tag, start, limit):
+        found.append(_MODEL.dump_json(serving.models.base_model()))
+    start = "" if after == serving.models.base_id else after.removeprefix(f"{serving.models.base_id}:")
+    size = _PAGE if limit is None or caller.prefixes is not None else min(limit + 1, _PAGE)
+    async for entries in _pages(
+        serving, bank.Query(text=search, tags=(tag,) if tag else (), broken=False), start, size
+    ):
+        found += await asyncio.to_thread(written, entries)
         if limit is not None and len(found) > limit:
             break
-        if caller.may_use((entry.name,)):
-            found.append(serving.models.prefix_model(entry.name, _of_prefix(entry, entry.name in resident)))
-    more = limit is not None and len(found) > limit
-    return {"object": "list", "data": found[:limit], "has_more": more}
+    more = b"true" if limit is not None and len(found) > limit else b"false"
+    content = b'{"object":"list","data":[%s],"has_more":%s}' % (b",".join(found[:limit]), more)
+    return Response(content, media_type="application/json")
 
 
-async def _entries(serving: Serving, search: str, tag: str, after: str, limit: int | None) -> AsyncIterator[Entry]:
-    """Of the bank, in pages: a caller who may use few of many takes more than one. limit: how many will do."""
-    size = None if limit is None else max(limit + 1, _PAGE)
+async def _pages(serving: Serving, query: bank.Query, after: str, size: int) -> AsyncIterator[Sequence[Entry]]:
+    """The bank's entries, so many at once: streams go on between two pages of a bank of a hundred thousand."""
     while True:
-        query = bank.Query(text=search, tags=(tag,) if tag else (), after=after, broken=False, limit=size)
-        entries = await serving.models.page(query)
-        for entry in entries:
-            yield entry
-        if size is None or len(entries) < size:
+        entries = await serving.models.page(query.model_copy(update={"after": after, "limit": size}))
+        yield entries
+        if len(entries) < size:
             return
         after = entries[-1].name
 
