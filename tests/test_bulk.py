@@ -68,6 +68,8 @@ BULK = ("--prefix-column", "prefix", "-i", "rows.csv", "--set", "max_new_tokens=
 def test_every_row_gets_what_its_prefix_alone_writes(base: Base) -> None:
     generate(*BULK, "-o", "mixed.jsonl")
     mixed = texts("mixed.jsonl")
+    rows = [json.loads(line) for line in Path("mixed.jsonl").read_text().splitlines()]
+    assert [row["prefix"] for row in rows] == [prefix or None for prefix, _ in ROWS]
     for name in ("", *METHODS):
         of_prefix = [n for n, (prefix, _) in enumerate(ROWS) if prefix == name]
         Path("some.csv").write_text("source\n" + "".join(f"{ROWS[n][1]}\n" for n in of_prefix))

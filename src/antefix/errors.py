@@ -124,7 +124,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}Known: {', '.join(choices)}"
+    return f"{hint}Known: {', '.join(choices)}" if choices else "there are none here"
 
 
 def one_line(foreign: object, most: int = 200) -> str:

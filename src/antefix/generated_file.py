@@ -38,11 +38,18 @@ class GeneratedFile:
             raise GenerationError(f"{self.partial}: cannot be written ({error.strerror or error})") from error
         self.texts[index] = text
 
-    def finish(self, places: Sequence[str]) -> None:
-        """Write the file itself; places: where each source came from. Raises GenerationError."""
+    def finish(self, places: Sequence[str], prefixes: Sequence[str | None] | None = None) -> None:
+        """Write the file itself. Raises GenerationError.
+
+        places: where each source came from. prefixes: whose text each is, where they differ.
+        """
         if self.path.suffix == ".jsonl":
-            rows = ({"index": n, "where": where, "text": self.texts[n]} for n, where in enumerate(places))
-            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+            of_whom = [{}] * len(places) if prefixes is None else [{"prefix": name} for name in prefixes]
+            rows = zip(places, of_whom, strict=True)
+            lines = [
+                json.dumps({"index": n, "where": where, **whose, "text": self.texts[n]}, ensure_ascii=False)
+                for n, (where, whose) in enumerate(rows)
+            ]
         else:
             lines = [" ".join(self.texts[n].split()) for n in range(len(places))]
         try:

@@ -98,7 +98,8 @@ def generate(
         answers = partial(
             bulk.answers, loaded, resident_bytes=resident_mib << 20, batch_size=batch_size, on_cut=_say_cut
         )
-        _write_many(answers, bulk.sources, [loaded.fingerprint, *bulk.decides], output, overwrite, as_json)
+        names = [writer.name for writer in bulk.writers]
+        _write_many(answers, bulk.sources, [loaded.fingerprint, *bulk.decides], output, overwrite, as_json, names)
         return
     kept = None if prefix is None else Prefix.load(prefix)
     if kept is None and base is None:
@@ -245,10 +246,12 @@ def _write_many(
     output: Path | None,
     overwrite: bool,
     as_json: bool,
+    prefixes: Sequence[str | None] | None = None,
 ) -> None:
     """Texts or labels into a file, going on where an interrupted command stopped.
 
-    answers_of: makes those of these examples. decides: what they depend on.
+    answers_of: makes those of these examples. decides: what they depend on. prefixes: of every example, where they
+    differ.
     """
     from antefix.cli.progress import LiveLine, clock
     from antefix.generated_file import GeneratedFile
@@ -265,7 +268,7 @@ def _write_many(
             file.add(left[index], written)
             pace.one_done()
             line.show(len(file.texts), f"{pace.per_second:.1f}/s  {clock(pace.seconds_left)} left")
-    file.finish([e.where for e in examples])
+    file.finish([e.where for e in examples], prefixes)
     if as_json:
         print_json({"output": str(output), "texts": len(examples), "seconds": round(pace.seconds, 1)})
     else:
