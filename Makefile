@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types docs check clean
+.PHONY: help demo test test-slow clients lint types docs check clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -23,6 +23,11 @@ test: $(VENV)/.dev  ## Run the tests
 
 test-slow: $(VENV)/.dev  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+clients: $(VENV)/.dev  ## Ask the server as real clients do (the page needs Chromium on this machine)
+	$(PIP) -e '.[clients]'
+	$(BIN)/python -m pytest tests/clients -rs
+	$(BIN)/python tests/clients/lm_eval_score.py
 
 lint: $(VENV)/.dev  ## Style and errors a reader would trip over
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """lm-evaluation-harness over the running server and in this process: one task of our own, one score.
 
-Not part of the tests (lm-eval is large): pip install "lm-eval[api]", then: python tests/clients/lm_eval_score.py
+Not part of the tests (lm-eval is large): `make clients` runs it.
 A tiny random model with a prefix; `local-completions` sends token ids with `echo` and `logprobs`, as to any server,
 and its sums of log-probabilities are held against those of the model in this process.
 """
