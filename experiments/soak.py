@@ -16,10 +16,12 @@ import asyncio
 import json
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +187,13 @@ def memory(process: int) -> dict[str, float]:
 
 
 def slope_per_hour(samples: list[dict[str, float]], name: str) -> float:
-    """MiB an hour, fitted over the second half: the first fills caches."""
-    import numpy as np
+    """MiB an hour over the second half, since the first fills caches: the median slope between two samples.
 
+    A long prompt's scores take a hundred MiB for an instant, which a fit of least squares would follow.
+    """
     later = samples[len(samples) // 2 :]
-    return float(3600 * np.polyfit([s["seconds"] for s in later], [s[name] for s in later], 1)[0])
+    slopes = [(b[name] - a[name]) / (b["seconds"] - a["seconds"]) for a, b in combinations(later, 2)]
+    return 3600 * statistics.median(slopes)
 
 
 def plot(samples: list[dict[str, float]], path: Path) -> None:

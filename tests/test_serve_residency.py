@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from serving import add_prefix, end_of, greedy, kept, loop_over, run_all, some_p
 from antefix.bank import Bank
 from antefix.base import Base
 from antefix.errors import ServingError
+from antefix.server.heap import give_back, settle
 from antefix.server.messages import Failed, Finished, Job
 from antefix.server.residency import Residency
 
@@ -155,3 +158,21 @@ def test_a_prefix_is_in_memory_once(base: Base, bank: Bank) -> None:
     assert {t.data_ptr() for slots in carried.module.slots().values() for t in slots} == own
     assert not any(p.requires_grad for p in carried.module.parameters())
     assert all(p.dtype == torch.float32 for p in carried.module.parameters())
+
+
+def test_circles_are_given_back_but_for_what_was_settled() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gc.disable()
+    try:
+        old = Ring()
+        settle()
+        rings = [weakref.ref(old), weakref.ref(Ring())]
+        del old
+        give_back()
+        assert [ring() is None for ring in rings] == [False, True]
+    finally:
+        gc.unfreeze()
+        gc.enable()

@@ -21,7 +21,7 @@ import torch
 from antefix.bank import Bank
 from antefix.base import load_base
 from antefix.errors import AntefixError, ServingError, one_line
-from antefix.server.heap import give_back
+from antefix.server.heap import give_back, settle
 from antefix.server.logs import to_stderr
 from antefix.server.loop import Loop
 from antefix.server.messages import (
@@ -44,7 +44,7 @@ from antefix.server.settings import EngineSettings
 _MEASURE_EVERY_S = 0.25
 _RATE_OVER_S = 5.0
 _GIVE_BACK_EVERY_S = 10.0
-"""So that 20 ms are no share of the time."""
+"""So that what it takes is no share of the time."""
 _log = logging.getLogger(__name__)
 
 
@@ -95,6 +95,7 @@ class _Worker:
         self._gave_back_at = time.monotonic()
         self._told_changes: object = None
         self._drains = False
+        settle()
 
     def serve(self) -> None:
         """Until there is nothing to serve any more."""
