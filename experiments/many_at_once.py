@@ -11,7 +11,7 @@ whether it takes packed rows, alone for every user, together once: that time is 
 `ratio_with_asking` has it in. Tensors of both arms are compared as well.
 
 Finished rounds are kept in `results/many_at_once/`, all of them in `results/many_at_once.json`. `--users 4 --round 2`
-tries it. On two cores that do nothing else about an hour.
+tries it. On two cores that do nothing else about half an hour.
 
     python experiments/many_at_once.py path/to/e2e-dataset.zip --device cuda --round 64 --tokens-per-batch 16384
 
