@@ -54,7 +54,7 @@ def to_stderr() -> None:
 
 
 def _is_no_cut(record: logging.LogRecord) -> bool:
-    """uvicorn tells of a request that a second signal cut off as of a fault; its line says what it was."""
+    """uvicorn tells of a request that the server's end cut off as of a fault; its own line says what it was."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
