@@ -184,9 +184,10 @@ HUGE = 1 << 62
             raw({"a": tensor([0, HUGE], 0, 0)}), "tensor 'a' has shape (0, 4611686018427387904)", id="no value"
         ),
         pytest.param(raw({"a": tensor([1] * 5000, 0, 4)}, b"\x00" * 4), "tensor 'a' has shape (1, 1, 1,", id="axes"),
-        pytest.param(raw({"a": tensor([2], 0, 16, "I64")}, b"\x00" * 16), "'a' is torch.int64, allowed", id="int64"),
-        pytest.param(raw({"a": tensor([2], 0, 2, "BOOL")}, b"\x02" * 2), "'a' is torch.bool, allowed", id="bool"),
-        pytest.param(raw({"a": tensor([2], 0, 16, "F64")}, b"\x00" * 16), "'a' is torch.float64", id="float64"),
+        pytest.param(raw({"a": tensor([2], 0, 16, "I64")}, b"\x00" * 16), "'a' is I64, allowed", id="int64"),
+        pytest.param(raw({"a": tensor([2], 0, 2, "BOOL")}, b"\x02" * 2), "'a' is BOOL, allowed", id="bool"),
+        pytest.param(raw({"a": tensor([2], 0, 16, "F64")}, b"\x00" * 16), "'a' is F64, allowed", id="float64"),
+        pytest.param(raw({"a": ["F32", [4], [0, 16]]}, b"\x00" * 16), "not a readable", id="a list for a tensor"),
         pytest.param(raw({"a": tensor([2], 0, 16, "Q77")}, b"\x00" * 16), "not a readable", id="unknown type"),
         pytest.param(
             raw({"../../etc/passwd": tensor([4])}, b"\x00" * 16),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -28,6 +29,7 @@ from antefix.parts.initial import random_slots
 from antefix.parts.key_value import DirectSlots
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.sites import find_sites
+from antefix.tensor_file import read_tensors
 
 DATA = Path(__file__).parent / "data"
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -113,6 +115,32 @@ def test_half_precision_is_kept_as_it_is(dtype: torch.dtype, tmp_path: Path) -> 
     assert all(t.dtype == dtype and torch.equal(t, half.tensors[n]) for n, t in loaded.tensors.items())
     assert loaded.num_bytes * 2 == prefix.num_bytes
     assert loaded.num_values == prefix.num_values
+
+
+def test_a_header_of_any_length_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "prefix.safetensors"
+    tensors = {"a": torch.randn(2, 3), "b": torch.randn(5).to(torch.float16)}
+    content = save(tensors)
+    num_bytes = int.from_bytes(content[:8], "little")
+    for more in range(4):
+        header = content[8 : 8 + num_bytes] + b" " * more
+        path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + num_bytes :])
+        assert all(torch.equal(t, tensors[name]) for name, t in read_tensors(path).items())
+
+
+def test_reading_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "prefix.safetensors"
+    save_file({f"t{n}": torch.randn(300, 3) for n in range(100)}, path)
+
+    def blocks() -> int:
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    read_tensors(path)
+    before = blocks()
+    for _ in range(20):
+        read_tensors(path)
+    assert blocks() - before < 20 * 100 / 2, "a server reads prefixes for months"
 
 
 def test_a_loaded_prefix_can_be_saved_again(tmp_path: Path) -> None:
