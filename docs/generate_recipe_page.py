@@ -26,7 +26,8 @@ own keys come first, the sections after them. An unknown key is an error that na
 
 - **Paths** (data files, bank, run, base) are relative to the folder where the command is run, not to the recipe.
 - **On the command line** `key=value` goes before what the file says, and a dot reaches into a section:
-  `antefix train menus.toml name=menus_long training.epochs=8`. A value is read as TOML does; what is no TOML is a text.
+  `antefix train menus.toml name=menus_long training.epochs=8`. A value is read as TOML does; what is not
+  valid TOML is taken as text.
 - **None** as a default is what holds when the key is left out. TOML has no word for it.
 
 What stands in `[data.reader]` and `[data.text]` is described in [Data](data.md).
@@ -91,10 +92,12 @@ def page() -> Iterator[str]:
     yield from ("## The run's own keys", "", *rows(Recipe), "")
     yield from ("## `[data]`", "", *rows(DataRecipe), "")
     for method in METHODS:
-        config = method_class(method).Config
-        rate = method_class(method).default_learning_rate(config())
-        yield from (f"## `[config]` of `{method}`", "", *rows(config), "")
-        yield from (f"`training.learning_rate` is {rate:g} with these defaults.", "")
+        made = method_class(method)
+        choices = rows(made.Config) if made.Config.model_fields else ["It has no choices."]
+        yield from (f"## `[config]` of `{method}`", "", *choices, "")
+        if not made.is_searched:
+            rate = made.default_learning_rate(made.Config())
+            yield from (f"`training.learning_rate` is {rate:g} with these defaults.", "")
     yield from ("## `[training]`", "", *rows(TrainingRecipe), "")
     yield from ("## `[training.ranking]`", "", *rows(RankingWeights), "")
     yield from ("## `[training.black_box]`", "", *rows(BlackBoxRecipe), "")

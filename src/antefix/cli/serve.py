@@ -50,7 +50,8 @@ def serve(
 ) -> None:
     """Serve a base and the prefixes of a bank, to every client that speaks OpenAI's interface, with a page at `/`.
 
-    The log goes to stderr, a line of JSON for every request. Ctrl-C stops it; open requests end first.
+    The log goes to stderr, a line of JSON a request (but for health and metrics). Ctrl-C stops it; open requests end
+    first.
 
     Examples:
 
