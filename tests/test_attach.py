@@ -28,6 +28,7 @@ from conftest import (
 from torch import Tensor
 
 from antefix.attach import attach, attached, current_attachment
+from antefix.attachment import Attachment
 from antefix.attention import reference
 from antefix.base import Base
 from antefix.errors import BaseModelError, PrefixError
@@ -246,6 +247,20 @@ def test_an_exception_leaves_nothing_behind(llama: Base) -> None:
     with pytest.raises(ZeroDivisionError), attached(llama.model, first):
         llama.model(**batch)
     broken.remove()
+    assert torch.equal(logits(llama, batch), bare)
+
+
+def test_what_cannot_go_to_work_leaves_what_was_there_at_work(llama: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, (first, second) = tiny_batch("llama"), tiny_pair(llama)
+    bare = logits(llama, batch)
+    with attached(llama.model, first):
+        with_first = logits(llama, batch)
+        waiting = Attachment(llama.model, [second], [second])
+        with monkeypatch.context() as broken, pytest.raises(TypeError):
+            broken.setattr(llama.model, "register_forward_pre_hook", None)  # the last thing that is asked for
+            waiting.begin()
+        assert torch.equal(logits(llama, batch), with_first)
+        waiting.detach()
     assert torch.equal(logits(llama, batch), bare)
 
 

@@ -44,6 +44,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(folder: Path) -> None:
     assert refusal("smollm2-135m").startswith("the embedded base 'smollm2-135m' is not here yet: run `antefix base")
     assert refusal(folder, dtype="float8").startswith("unknown dtype 'float8'")
     assert refusal(folder, device="tpu").startswith("device 'tpu' cannot be used here: ")
+    assert refusal(folder, device="tpu", dtype="native").startswith("device 'tpu' cannot be used here: ")
 
 
 @pytest.mark.parametrize("broken", ["model.safetensors", "config.json", "tokenizer.json"])

@@ -282,8 +282,8 @@ def test_an_encoder_is_searched_too() -> None:
 
 
 def test_several_processes_do_not_search_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("antefix.training.black_box.num_processes", lambda: 2)
-    with pytest.raises(TrainingError, match="is searched in one process: start it without a launcher"):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="without gradients runs in one process: start it without a launcher"):
         run(ready(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -94,6 +94,19 @@ def test_recipes_are_compared_and_what_is_done_is_not_done_again(folder: Path, m
     assert asked == []
 
 
+def test_a_text_with_another_kind_of_line_end_is_one_text(tmp_path: Path) -> None:
+    texts = ["one\u2028two", "three\x85four", "five"]
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    (tmp_path / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert compare._texts(tmp_path / "texts.jsonl") == texts
+
+
+def test_a_launcher_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for words in (WORDS, ("cartridge", "prefix.toml", "--output", "bank/made")):
+        assert "runs in one process: start it without a launcher" in str(told(*words).exception)
+
+
 def test_runs_of_another_recipe_or_test_set_are_not_taken(folder: Path) -> None:
     words = ("compare", "prefix.toml", "--out", "out", "--seeds", "0", "--test")
     assert told(*words, "animals.csv").exit_code == 0

@@ -216,12 +216,18 @@ def test_gpt2_with_5_slots_counts_from_5_and_bart_from_0() -> None:
 
 def test_shifted_slots_take_from_the_context() -> None:
     base = tiny_base("gpt2")
-    with attached(base.model, tiny_method(base, num_virtual_tokens=5, positions="shifted")) as attachment:
-        assert attachment.longest_shift == 5
+    shifted = tiny_method(base, num_virtual_tokens=5, positions="shifted")
+    with attached(base.model, shifted):
         assert base.model(torch.ones(1, CONTEXT - 5, dtype=torch.long)).logits.isfinite().all()
         with pytest.raises(PrefixError, match=rf"position {CONTEXT}, the base's last one is {CONTEXT - 1}"):
             base.model(torch.ones(1, CONTEXT - 4, dtype=torch.long))
         with pytest.raises(GenerationError, match=rf"do not fit into the context of {CONTEXT - 5} tokens"):
             generate(base, ["x" * (CONTEXT - 8)], decoding=Decoding(max_new_tokens=4))
-    with attached(base.model, tiny_method(base, num_virtual_tokens=5)):
+    in_place = tiny_method(base, num_virtual_tokens=5)
+    with attached(base.model, in_place):
         assert base.model(torch.ones(1, CONTEXT, dtype=torch.long)).logits.isfinite().all()
+    decoding = Decoding(max_new_tokens=4)
+    with attached(base.model, shifted, in_place, rows=[0, 1]):
+        assert len(generate(base, ["x", "x" * (CONTEXT - 8)], decoding=decoding)) == 2
+        with pytest.raises(GenerationError, match=rf"do not fit into the context of {CONTEXT - 5} tokens"):
+            generate(base, ["x" * (CONTEXT - 8), "x"], decoding=decoding)

@@ -191,6 +191,10 @@ def test_a_kept_prefix_can_be_where_training_starts(tmp_path: Path) -> None:
     assert all(torch.equal(t, start[name]) for name, t in again.kept_tensors().items())
     with pytest.raises(PrefixError, match="has 5 slots, num_virtual_tokens is 3"):
         tiny_method(base, initial="prefix", initial_prefix=str(tmp_path), num_virtual_tokens=3)
+    named = PrefixTuningConfig.model_validate({"initial_prefix": str(tmp_path)})
+    assert named.initial == "prefix"
+    with pytest.raises(ValueError, match="initial = 'normal' another: leave one out"):
+        PrefixTuningConfig.model_validate({"initial_prefix": str(tmp_path), "initial": "normal"})
     with pytest.raises(PrefixError, match="needs initial_prefix"):
         tiny_method(base, initial="prefix")
     with pytest.raises(PrefixError, match=r"has nothing for site layers.0.encoder_self"):

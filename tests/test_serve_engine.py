@@ -215,6 +215,23 @@ def test_a_worker_that_hangs_is_ended_and_started_again(folder: Path, run: Run) 
     run(body)
 
 
+def test_a_process_that_cannot_be_started_counts_as_a_death(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with engine_over(folder, max_restarts=2) as engine:
+            assert engine.worker_pid is not None
+
+            def no_memory(process: Any) -> None:
+                raise OSError("Cannot allocate memory")
+
+            monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", no_memory)
+            os.kill(engine.worker_pid, signal.SIGKILL)
+            await until(lambda: engine.status().state == "dead")
+
+    run(body)
+
+
 def test_too_many_deaths_in_a_row_are_the_end(folder: Path, run: Run) -> None:
     async def body() -> None:
         async with engine_over(folder, max_restarts=0) as engine:

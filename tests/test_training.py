@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import shutil
 import signal
@@ -28,6 +29,7 @@ from antefix.data import Example, Table
 from antefix.data.plan import Unit
 from antefix.errors import DataError, RecipeError, TrainingError
 from antefix.prefix import Prefix
+from antefix.training.checkpoint import Progress
 from antefix.training.journal import LOG_FILE, read_log
 from antefix.training.loop import StepReport
 from antefix.training.prepared import Prepared, prepare
@@ -292,6 +294,18 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_reason() -> None:
         next(iter(ready.module.parameters())).fill_(torch.nan)
     with pytest.raises(TrainingError, match=r"step \d: the loss is nan; lower learning_rate"):
         run(ready)
+
+
+def test_a_dev_score_that_is_no_number_is_never_the_best() -> None:
+    progress, recipe = Progress(step=3), TrainingRecipe()
+    with pytest.raises(TrainingError, match="step 3: its dev loss is nan; lower learning_rate"):
+        progress.note({"dev_loss": math.nan}, recipe)
+
+
+def test_a_metric_of_a_dev_set_that_is_empty_is_refused() -> None:
+    training = TrainingRecipe(dev_metric="bleu")
+    with pytest.raises(TrainingError, match=r"training.dev_metric = 'bleu' scores the dev set, and there is none"):
+        train(tiny_base("llama"), [Example(source="a", targets=("b",))], dev=(), training=training)
 
 
 def test_what_is_wrong_is_said_before_training() -> None:

@@ -20,7 +20,7 @@ from antefix.attention.branch import Condition, Places
 from antefix.attention.forest import Forest
 from antefix.attention.hook import HookedModel, is_bare
 from antefix.encoder_rows import RowsAtWork
-from antefix.errors import BaseModelError, PrefixError
+from antefix.errors import PrefixError
 from antefix.forward_call import (
     decoder_places,
     encoder_places,
@@ -263,11 +263,6 @@ class Attachment:
     def _make(self, used: set[int] | None = None) -> list[Made]:
         return [Made.of(m) if used is None or n in used else Made.nothing() for n, m in enumerate(self._modules)]
 
-    @property
-    def longest_shift(self) -> int:
-        """How many positions shifted prefixes take from the context at most."""
-        return self._shifted.longest
-
     def head_of(self, index: int) -> Head:
         """What reads labels off the states of rows with this prefix. Raises PrefixError where it labels nothing."""
         head = self.module_of(index).head
@@ -300,13 +295,17 @@ class Attachment:
         return self._trainable
 
     def begin(self) -> None:
-        """Go to work, and let what was attached before rest. Raises BaseModelError."""
+        """Go to work, and let what was attached before rest.
+
+        Raises BaseModelError and PrefixError; then everything is as it was.
+        """
         stack = attachments(self._model)
         if stack:
             stack[-1]._uninstall()
         try:
             self._install()
-        except BaseModelError:
+        except BaseException:
+            self._uninstall()
             if stack:
                 stack[-1]._install()
             raise
@@ -344,7 +343,7 @@ class Attachment:
         modules = dict(self._model.named_modules())
         for stack in self._stacks:
             stack.uninstall(modules)
-        if self._trainable:
+        if hasattr(self._model, _SUBMODULE) and self._trainable:
             delattr(self._model, _SUBMODULE)
         self._hooked.restore(self._undo_routing)
         self._outermost = None

@@ -83,6 +83,7 @@ class Base:
 
 def context_length(config: Any) -> int | None:
     """The most tokens a model of this config has positions for; None where it does not say."""
+    config = config.get_text_config()  # of a model that reads images too, the part that reads texts
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return None if length is None else int(length)
 
@@ -164,10 +165,21 @@ def native_precision(device: str) -> Literal["float32", "bfloat16"]:
 
 
 def _multiplies_bfloat16(device: str) -> bool:
-    found = _accelerator() if device == "auto" else torch.device(device)
+    found = _accelerator() if device == "auto" else _named(device)
     if found is None or found.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _named(device: str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise _no_device(device, error) from error
+
+
+def _no_device(device: str, error: Exception) -> BaseModelError:
+    return BaseModelError(f"device '{device}' cannot be used here: {one_line(error)}")
 
 
 def _accelerator() -> torch.device | None:
@@ -181,7 +193,7 @@ def _moved(model: Any, device: str) -> Any:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise BaseModelError(f"device '{device}' cannot be used here: {one_line(error)}") from error
+        raise _no_device(device, error) from error
 
 
 def _tokenizer(source: dict[str, Any], name: str) -> Any:

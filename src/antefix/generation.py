@@ -13,6 +13,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from antefix.at_work import BARE
 from antefix.attach import current_attachment, indices_of_sources, rows_of_batch, rows_of_sources, told
 from antefix.attention.branch import Condition
 from antefix.base import Base
@@ -92,7 +93,7 @@ def generate_each(
     if num_cut := sum(cut for _, cut in encoded):
         on_cut(num_cut)
     ids = _with_inserted(base, ids, indices)
-    _check_length(base, sources, ids, decoding, is_encoder_decoder)
+    _check_length(base, sources, ids, indices, decoding, is_encoder_decoder)
     if decoding.seed is not None:
         torch.manual_seed(decoding.seed)
     stop = text_format.stop_token_id(base.tokenizer)
@@ -150,17 +151,18 @@ def _attached_prefixes(base: Base) -> list[Prefix]:
 
 
 def _check_length(
-    base: Base, sources: Sequence[Any], ids: list[list[int]], decoding: Decoding, is_encoder_decoder: bool
-) -> None:
+    base: Base, sources: Sequence[Any], ids: list[list[int]], indices: Sequence[int], decoding: Decoding,
+    is_encoder_decoder: bool,
+) -> None:  # fmt: skip
     if not ids:
         raise GenerationError("nothing to generate: the list of sources is empty")
     attachment = current_attachment(base.model)
-    limit = base.context_length
-    if limit is None:
-        return
-    if attachment is not None:
-        limit -= attachment.longest_shift
-    for source, row in zip(sources, ids, strict=True):
+    for source, row, index in zip(sources, ids, indices, strict=True):
+        limit = base.context_length
+        if attachment is not None and index != BARE:
+            limit = attachment.module_of(index).room_in(limit)
+        if limit is None:
+            continue
         # An encoder-decoder has the context twice: for the source, and for a start token and the text.
         needed = len(row) + decoding.max_new_tokens
         if is_encoder_decoder:

@@ -22,7 +22,7 @@ from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
 from antefix.errors import DataError, PrefixFileError, RecipeError, WrongBaseError, one_line
 from antefix.fingerprint import fingerprint
-from antefix.methods import UNION, method_class
+from antefix.methods import method_class
 from antefix.methods.base import MethodModule
 from antefix.parts.initial import Positions
 from antefix.parts.label_head import LabelHead
@@ -79,9 +79,9 @@ class Card(BaseModel):
 
     @property
     def num_virtual_tokens(self) -> int | None:
-        """Slots a site, of a union those of all its methods; None: it has none."""
-        configs = self.config.values() if UNION in self.method else (self.config,)
-        counts = [c.get("num_virtual_tokens") for c in configs if isinstance(c, dict)]
+        """Slots a site, of several methods together those of all; None: it has none."""
+        configs = [c for c in self.config.values() if isinstance(c, dict)] or [self.config]
+        counts = [c.get("num_virtual_tokens") for c in configs]
         return sum(n for n in counts if isinstance(n, int)) or None
 
 

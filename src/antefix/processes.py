@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, parse_flag_from_env, reduce
 from torch import Tensor, nn
 
-from antefix.errors import AntefixError, OtherProcessError
+from antefix.errors import AntefixError, OtherProcessError, TrainingError
 
 T = TypeVar("T")
 
@@ -29,6 +29,12 @@ def is_main() -> bool:
 def num_processes() -> int:
     """How many train as one."""
     return int(_state().num_processes)
+
+
+def check_alone(what: str, instead: str = "start it without a launcher") -> None:
+    """Raises TrainingError where a launcher started several processes: this would do the same in each of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by accelerate launch and torchrun
+        raise TrainingError(f"{what} runs in one process: {instead}")
 
 
 def device() -> torch.device:

@@ -85,9 +85,12 @@ def problem_of(tensor: Tensor) -> str | None:
 
 
 def sha256_of(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The hexadecimal SHA-256 of a file. Raises PrefixFileError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PrefixFileError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -17,7 +17,7 @@ from antefix.data.example import Example
 from antefix.data.groups import read_named
 from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
-from antefix.errors import BankError, GenerationError
+from antefix.errors import BankError, GenerationError, PrefixFileError
 from antefix.generation import default_decoding
 from antefix.prefix import BaseRecord, Card
 from antefix.settings import override, validated
@@ -94,12 +94,15 @@ def _check_one_base(cards: dict[str, Card]) -> None:
 
 
 def _writer(name: str, card: Card, bank: Bank, decoding: list[str], text: list[str]) -> Writer:
+    tensors = bank.path(name) / TENSORS_FILE
+    if not tensors.is_file():
+        raise PrefixFileError(f"{tensors}: no such file; `antefix bank verify` finds broken prefixes")
     return Writer(
         name=name,
         task=card.task,
         text_format=TextFormat.from_dict(override(dict(card.text_format), text)),
         decoding=validated(Decoding, override(dict(card.decoding), decoding), "decoding option "),
-        num_bytes=(bank.path(name) / TENSORS_FILE).stat().st_size,
+        num_bytes=tensors.stat().st_size,
     )
 
 

@@ -37,13 +37,14 @@ def cartridge(
     from antefix.cli.progress import LiveLine, TrainingProgress, clock
     from antefix.cli.stopping import stop_after_step
     from antefix.methods.cartridge import CartridgeConfig
-    from antefix.processes import device
+    from antefix.processes import check_alone, device
     from antefix.self_study import Study
     from antefix.settings import validated
     from antefix.training.cartridge import CartridgeRun, train_cartridge
     from antefix.training.checkpoint import CHECKPOINT_FILE
     from antefix.training.recipe import TrainingRecipe
 
+    check_alone("a cartridge's self-study")
     if output.exists():
         raise CommandError(f"{output} exists: give another --output")
     folder = run or Path("runs") / output.name

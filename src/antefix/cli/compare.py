@@ -37,9 +37,11 @@ def compare(
     """
     from antefix.cli.progress import LiveLine, clock
     from antefix.cli.stopping import stop_after_step
+    from antefix.processes import check_alone
     from antefix.training.compare import base_loader, expected_seconds, finish, plan_of, table, write_table
     from antefix.training.recipe import load_recipe
 
+    check_alone("a comparison")
     try:
         chosen = [int(seed) for seed in seeds.split(",")]
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from antefix.cli.output import BaseOfPrefix, Device, Json, Precision, console, print_json
+from antefix.errors import CommandError
 
 
 def links(
@@ -47,6 +48,8 @@ def links(
     from antefix.tasks.triples import is_true, true_triples, with_one_negative
 
     kept = Prefix.load(prefix)
+    if kept.card.task is None or kept.card.task.name != "triples":
+        raise CommandError(f'{prefix} was not trained on triples (task = "triples"): it cannot tell true from false')
     tests, devs = read(test), read(dev)
     others = [*devs, *(example for file in known or () for example in read(file))]
     ranked = [e for e in tests if is_true(e)]

@@ -92,8 +92,7 @@ def train_many(
         raise CommandError("say by which column or attribute: --by customer")
     if address is not None and workers is None:
         raise CommandError("--address is a Ray cluster's: say how many of its processes to use with --workers")
-    if processes.num_processes() > 1:
-        raise CommandError("train-many shares its users over Ray (--workers), not over `accelerate launch`")
+    processes.check_alone("train-many", "it shares its users over Ray (--workers), not over a launcher")
     loaded = load_recipe(recipe, [f"data.train={json.dumps(data)}", *(overrides or [])])
     everybody = users_of(loaded, by, min_pairs, keep_empty=keep_empty)
     out = console()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from antefix.base import Base
@@ -56,13 +56,26 @@ class PrefixTuningConfig(MethodConfig):
     initial_scale: float = Field(0.3, gt=0)
     """Standard deviation of `normal`, upper end of `uniform`, for direct slots."""
     initial_prefix: str | None = None
-    """Folder of the kept prefix to start from, with `initial = "prefix"`."""
+    """Folder of the kept prefix to start from; it says `initial = "prefix"`."""
     freeze_first: bool = False
     """Keep the first slot as it starts: an attention sink that training cannot move."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on keys and values while training."""
     positions: Positions = "in_place"
     """`in_place`: tokens count from 0. `shifted`: from P, as GPT-2 in the paper's code and PEFT."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_named_prefix_is_the_start(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("initial_prefix") is not None:
+            return {"initial": "prefix"} | given
+        return given
+
+    @model_validator(mode="after")
+    def _no_other_start_is_named(self) -> Self:
+        if self.initial_prefix is not None and self.initial != "prefix":
+            raise ValueError(f"initial_prefix names the start, and initial = '{self.initial}' another: leave one out")
+        return self
 
     @property
     def parent(self) -> str | None:

@@ -52,7 +52,7 @@ def serve(place: Place, engine: EngineSettings, rules: Rules, on_ready: Callable
     num_prefixes = len(bank)  # and whether there is one
     listening = _listen(place)  # before the base is read, which takes long
     tokenizer, config = load_tokenizer(engine.base)
-    tokens = Tokens(tokenizer, context_length(config), int(config.vocab_size))
+    tokens = Tokens(tokenizer, context_length(config), int(config.get_text_config().vocab_size))
 
     async def run() -> None:
         running = await start_engine(engine)

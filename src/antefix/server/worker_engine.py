@@ -212,13 +212,14 @@ class WorkerEngine:
     def _spawn(self) -> None:
         self._ready, self._gone = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
-        self._pipe = pipe = _Pipe(self._settings)
+        pipe = _Pipe(self._settings)
 
         def tell(reports: list[Report] | None) -> None:
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(self._hear, pipe, reports)
 
         pipe.open(tell)
+        self._pipe = pipe
 
     async def _until_ready_or_gone(self) -> None:
         waits = [asyncio.create_task(event.wait()) for event in (self._ready, self._gone)]

@@ -34,7 +34,7 @@ from antefix.methods.base import MethodModule
 from antefix.parts.initial import Positions
 from antefix.parts.key_value import KeyValue
 from antefix.parts.rows import EncoderRows
-from antefix.processes import num_processes
+from antefix.processes import check_alone
 from antefix.training.checkpoint import Progress, of_another_run
 from antefix.training.feed import Feed, feed_of
 from antefix.training.learner import Outcome
@@ -67,8 +67,7 @@ def search_loop(
     A step of the reports is a generation. Raises TrainingError where pycma is not installed, for too few candidates,
     for a hinge loss without labels, and where several processes train as one.
     """
-    if num_processes() > 1:
-        raise TrainingError("what is found without gradients is searched in one process: start it without a launcher")
+    check_alone("what is found without gradients")
     module.to(model.device).eval()
     points = module.searched()
     num_generations = planned_generations(module, recipe)

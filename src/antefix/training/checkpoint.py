@@ -8,6 +8,7 @@ resumed run to end with the same bits. Only safetensors, never pickle.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,11 @@ class Progress:
     stopped_early: bool = False
 
     def note(self, scores: dict[str, float], recipe: TrainingRecipe) -> bool:
-        """Fresh dev scores; True if this is the best step so far."""
-        self.dev_scores.append({"step": self.step, **scores})
+        """Fresh dev scores; True if this is the best step so far. Raises TrainingError for one that is no number."""
         score = scores[f"dev_{recipe.dev_metric}"]
+        if not math.isfinite(score):
+            raise TrainingError(f"step {self.step}: its dev {recipe.dev_metric} is {score}; lower learning_rate")
+        self.dev_scores.append({"step": self.step, **scores})
         if recipe.dev_metric == "loss":
             score = -score
         if self.best_score is None or score > self.best_score:

@@ -209,7 +209,8 @@ def expected_seconds(plan: ComparisonPlan, base_of: Callable[[Recipe], Base]) ->
 
 def _training_seconds(prepared: Prepared) -> float:
     """Of one run: every step takes what a few take, every evaluation what one takes."""
-    training, module = prepared.training, prepared.module
+    # Trackers would take a probe for a run.
+    training, module = prepared.training.model_copy(update={"trackers": ()}), prepared.module
     if module.is_searched:
         num_steps, probed = planned_generations(module, training), len(module.searched())
         candidates = training.black_box.population * probed
@@ -290,7 +291,7 @@ def _against(mine: Sequence[Any], best: Sequence[Any], plan: ComparisonPlan) -> 
 
 
 def _texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def write_table(rows: Sequence[Row], plan: ComparisonPlan) -> None:

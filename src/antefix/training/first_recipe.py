@@ -56,7 +56,7 @@ def token_lengths(look: Look, base: str) -> TokenLengths | None:
 
 
 def _local_folder(base: str) -> Path | None:
-    folder = embedded.home() / "bases" / base if base == embedded.NAME else Path(base)
+    folder = embedded.home() / "bases" / base if base in embedded.WHEELS else Path(base)
     if not folder.is_dir() and base.count("/") < 2:
         from huggingface_hub import try_to_load_from_cache
 

@@ -23,7 +23,7 @@ from antefix.attach import attached
 from antefix.batches.form import BatchForm, batch_form
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit, all_units
-from antefix.errors import TrainingError
+from antefix.errors import TrainingError, one_line
 from antefix.methods.base import MethodModule
 from antefix.processes import (
     failing_together,
@@ -150,7 +150,10 @@ def _accelerator(recipe: TrainingRecipe, run_folder: Path | None) -> Accelerator
         project_dir=None if run_folder is None else str(run_folder),
     )
     if recipe.trackers:
-        accelerator.init_trackers("antefix", config=recipe.model_dump(mode="json", exclude={"trackers"}))
+        try:
+            accelerator.init_trackers("antefix", config=recipe.model_dump(mode="json", exclude={"trackers"}))
+        except ValueError as error:  # one that writes files has no folder for them
+            raise TrainingError(f"training.trackers: {one_line(error)}; give a run_folder") from error
     return accelerator
 
 

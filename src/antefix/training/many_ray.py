@@ -91,6 +91,8 @@ def _with_whole_paths(plan: ManyPlan) -> ManyPlan:
     """A worker has another working directory: what a recipe calls `bank` is that of who asked."""
     recipe = plan.recipe
     update: dict[str, Any] = {"bank": str(Path(recipe.bank).resolve()), "run": str(recipe.run_folder.resolve())}
+    if Path(recipe.base).exists():  # else it is a name
+        update["base"] = str(Path(recipe.base).resolve())
     if started_from := recipe.config.get("initial_prefix"):
         update["config"] = {**recipe.config, "initial_prefix": str(Path(started_from).resolve())}
     return replace(plan, recipe=recipe.model_copy(update=update))

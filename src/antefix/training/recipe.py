@@ -126,7 +126,7 @@ class TrainingRecipe(_Section):
     """Stop after so many evaluations without a better one."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """A checkpoint at most this often; 0: after every step."""
-    seed: int = 0
+    seed: int = Field(0, gt=-(2**32), lt=2**32)
     """Seed of first values, order, dropout and of what is drawn from the data."""
     trackers: tuple[str, ...] = ()
     """Accelerate's trackers: `tensorboard`, `wandb`, ..."""

@@ -79,10 +79,15 @@ def run(
     notes: str = "",
 ) -> Prefix:
     """Train what was prepared, from the run's checkpoint if it has one; `train_loop` says what the arguments are."""
+    metric = prepared.training.dev_metric
+    if metric != "loss" and not prepared.dev_set.num_pairs:
+        raise TrainingError(
+            f"training.dev_metric = '{metric}' scores the dev set, and there is none: give data.dev, or leave it out"
+        )
     arguments: dict[str, Any] = {
         "digest": prepared.digest,
         "run_folder": run_folder,
-        "dev_metric": None if prepared.training.dev_metric == "loss" else _score_of(prepared),
+        "dev_metric": None if metric == "loss" else _score_of(prepared),
         "watch": watch,
         "stop_requested": stop_requested,
     }

@@ -8,7 +8,6 @@ how values are drawn (`trials`), nor of what a search leaves to look at (`search
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from antefix.data.example import Example
 from antefix.digest import digest
 from antefix.errors import AntefixError, TrainingError
 from antefix.methods import method_class
+from antefix.processes import check_alone
 from antefix.training.loop import StepReport
 from antefix.training.prepared import Prepared, prepare_recipe, recipe_base, recipe_examples
 from antefix.training.recipe import Recipe, with_values
@@ -70,8 +70,7 @@ def search(
     there is no score, and all that a run raises before its first step.
     """
     require_optuna()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by accelerate launch and torchrun
-        raise TrainingError("a search runs in one process: start it without a launcher")
+    check_alone("a search")
     # Trackers would take the trials for one run.
     plain = recipe.model_copy(update={"training": recipe.training.model_copy(update={"trackers": ()})})
     loaded = _Loaded()
