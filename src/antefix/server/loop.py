@@ -24,12 +24,11 @@ from antefix.base import Base
 from antefix.errors import AntefixError, ServingError, one_line
 from antefix.server.attached_set import AttachedSet
 from antefix.server.carried import Carried
-from antefix.server.frame import Frame, buffer_columns, column_bytes, left_padded, mask_of
+from antefix.server.frame import Frame, buffer_columns, column_bytes, left_padded, mask_of, refuse_unfit
 from antefix.server.messages import Event, Failed, Finished, Job, Kind, PromptScored, Token, Top
 from antefix.server.residency import Residency
 from antefix.server.sampling import Sampler, scores_of
 from antefix.site_stack import RowMemory
-from antefix.sites import find_sites
 
 _log = logging.getLogger(__name__)
 
@@ -75,12 +74,8 @@ class Loop:
     def __init__(
         self, base: Base, residency: Residency, *, max_rows: int, prompt_tokens: int, cache_bytes: int
     ) -> None:
-        """Raises ServingError for a base that does not write texts from left to right."""
-        if not find_sites(base.model).is_causal:
-            raise ServingError(
-                f"the base '{base.name}' is no decoder that reads from left to right: serve one like GPT-2 or Llama",
-                "unsupported",
-            )
+        """Raises ServingError for a base that does not write texts from left to right, or is no plain attention."""
+        refuse_unfit(base)
         self._base, self._residency = base, residency
         self._max_rows, self._prompt_tokens = max_rows, prompt_tokens
         self._attached = AttachedSet(base.model)
