@@ -382,6 +382,28 @@ def test_a_fault_while_rows_join_leaves_nobody_without_an_end(
     loop.close()
 
 
+def test_a_prefix_that_cannot_go_to_work_leaves_those_at_work(
+    base: Base, bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Attachment.begin
+
+    def breaks(self: Attachment) -> None:
+        if len(self.prefixes) > 1:
+            raise RuntimeError("no memory")
+        begin(self)
+
+    monkeypatch.setattr(Attachment, "begin", breaks)
+    loop = loop_over(base, bank)
+    writes = Job("writes", some_prompt(4, 1), ("p1",), greedy(9, ignore_eos=True))
+    loop.add(writes)
+    events = loop.step()
+    loop.add(Job("joins", some_prompt(4, 2), ("p2",), greedy(3)))
+    events += run_all(loop)
+    loop.close()
+    assert isinstance(end_of(events, "joins"), Failed)
+    assert_same_text(tokens_of(events, "writes"), *alone(base, bank, writes))
+
+
 def test_a_prefix_that_no_memory_is_left_to_read_fails_its_own_job_alone(
     base: Base, bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
