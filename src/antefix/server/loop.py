@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from antefix.base import Base
-from antefix.errors import AntefixError, ServingError, one_line
+from antefix.errors import AntefixError, ServingError, ServingKind, one_line
 from antefix.server.attached_set import AttachedSet
 from antefix.server.carried import Carried
 from antefix.server.frame import Frame, buffer_columns, column_bytes, left_padded, mask_of, refuse_unfit
-from antefix.server.messages import Event, Failed, Finished, Job, Kind, PromptScored, Token, Top
+from antefix.server.messages import Event, Failed, Finished, Job, PromptScored, Token, Top
 from antefix.server.residency import Residency
 from antefix.server.sampling import Sampler, scores_of
 from antefix.site_stack import RowMemory
@@ -386,7 +386,7 @@ def _scored(row: _Row, logits_TV: Tensor) -> PromptScored:
 def _failed(jobs: Sequence[Job], error: Exception) -> list[Failed]:
     """What went wrong, told of each of these."""
     if isinstance(error, AntefixError):
-        kind: Kind = error.kind if isinstance(error, ServingError) else "broken_prefix"
+        kind: ServingKind = error.kind if isinstance(error, ServingError) else "broken_prefix"
         return [Failed(job.id, str(error), kind) for job in jobs]
     _log.error("jobs failed: %d", len(jobs), exc_info=error)
     message = f"the engine failed ({type(error).__name__}: {one_line(error)}); its log says more"
