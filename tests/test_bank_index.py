@@ -175,7 +175,7 @@ def test_a_settled_bank_is_neither_walked_nor_written(bank: Bank, monkeypatch: p
     settle(bank)
     before = bank.folder.stat().st_mtime_ns
     monkeypatch.setattr(index_module, "folders_in", lambda folder: pytest.fail("the folder was walked"))
-    monkeypatch.setattr(index_module, "look", lambda *_: pytest.fail("a card was read"))
+    monkeypatch.setattr(index_module, "read_entry", lambda *_: pytest.fail("a card was read"))
     assert bank.page().total == len(CARDS)
     assert bank.latest("ledbury") == "ledbury.v10"
     assert bank.folder.stat().st_mtime_ns == before, "the index's own files must not make it stale"

@@ -8,12 +8,17 @@ import pytest
 from antefix.errors import MetricError
 from antefix.metrics import METRICS, evaluate, load
 from antefix.metrics.base import Evaluated, mean_of_segments
-from antefix.metrics.bootstrap import Comparison, compare, paired_bootstrap
+from antefix.metrics.bootstrap import Comparison, compare
 
 REFERENCES = [[f"item {n} costs {n} pounds and is sold in town {n}", f"for {n} pounds, item {n}"] for n in range(30)]
 GOOD = [group[n % 2] for n, group in enumerate(REFERENCES)]
 SHORT = [" ".join(text.split()[:4]) for text in GOOD]
 METRICS_USED = ["bleu", "nist", "rouge_l_13a"]
+
+
+def compared(first: list[str], second: list[str], metrics: list[str], **options: int) -> dict[str, Comparison]:
+    one, other = (evaluate(REFERENCES, texts, metrics) for texts in (first, second))
+    return compare(one, other, **options)
 
 
 def of_means(*scores: list[float]) -> list[dict[str, Evaluated]]:
@@ -37,7 +42,7 @@ def test_a_draw_of_nist_keeps_the_weights_of_the_whole_set_and_says_so() -> None
 
 
 def test_the_better_system_is_better_by_every_metric() -> None:
-    for name, found in paired_bootstrap(REFERENCES, GOOD, SHORT, METRICS_USED, resamples=200).items():
+    for name, found in compared(GOOD, SHORT, METRICS_USED, resamples=200).items():
         assert 0 < found.low < found.difference < found.high, name
         assert found.p_value == pytest.approx(2 / 201)
 
@@ -49,8 +54,8 @@ def test_the_difference_is_that_of_the_scores() -> None:
 
 
 def test_the_other_way_round_it_is_the_same_with_the_other_sign() -> None:
-    there = paired_bootstrap(REFERENCES, GOOD, SHORT, METRICS_USED, resamples=50)
-    back = paired_bootstrap(REFERENCES, SHORT, GOOD, METRICS_USED, resamples=50)
+    there = compared(GOOD, SHORT, METRICS_USED, resamples=50)
+    back = compared(SHORT, GOOD, METRICS_USED, resamples=50)
     for name in METRICS_USED:
         assert back[name].difference == pytest.approx(-there[name].difference)
         assert (back[name].low, back[name].high) == pytest.approx((-there[name].high, -there[name].low))
@@ -58,13 +63,13 @@ def test_the_other_way_round_it_is_the_same_with_the_other_sign() -> None:
 
 
 def test_a_system_is_no_better_than_itself() -> None:
-    for found in paired_bootstrap(REFERENCES, GOOD, GOOD, METRICS_USED, resamples=20).values():
+    for found in compared(GOOD, GOOD, METRICS_USED, resamples=20).values():
         assert (found.difference, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
 
 def test_a_seed_decides_the_draws() -> None:
     def interval(seed: int) -> Comparison:
-        return paired_bootstrap(REFERENCES, GOOD, SHORT, ["nist"], resamples=50, seed=seed)["nist"]
+        return compared(GOOD, SHORT, ["nist"], resamples=50, seed=seed)["nist"]
 
     assert interval(1) == interval(1)
     assert interval(1).high != interval(2).high
@@ -95,4 +100,4 @@ def test_what_cannot_be_compared_is_told() -> None:
     with pytest.raises(MetricError, match="at least 1 resample, 0 were asked for"):
         compare(*of_means([0.1], [0.2]), resamples=0)
     with pytest.raises(MetricError, match="1 hypotheses for 30 inputs"):
-        paired_bootstrap(REFERENCES, GOOD, GOOD[:1], ["bleu"])
+        compared(GOOD, GOOD[:1], ["bleu"])

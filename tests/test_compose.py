@@ -211,6 +211,13 @@ def test_attention_is_counted_as_it_is_given(architecture: str, method: str) -> 
     assert all(torch.allclose(share[1], share[3]) for share in twins.values())
 
 
+@pytest.mark.parametrize("method", ["mam", "apt", "lora"])
+def test_attention_is_measured_of_plain_slots_alone(method: str) -> None:
+    base = tiny_base("llama")
+    with pytest.raises(PrefixError, match="attention is measured of prefixes that write texts and are plain keys"):
+        slot_attention(base, kept(base, method), EXAMPLES)
+
+
 def test_attention_by_hand() -> None:
     """One layer's queries against the slots' keys, in one softmax with the tokens' own keys."""
     base = tiny_base("llama")

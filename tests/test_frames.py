@@ -12,7 +12,7 @@ from conftest import SHARED, tiny_base, tiny_method
 import antefix
 from antefix.attach import attached
 from antefix.data import Example, read, sample_frames
-from antefix.data.frames import Node, begins_frame, brackets, ending, parse
+from antefix.data.frames import Node, brackets, ending, parse
 from antefix.errors import DataError
 from antefix.frame_decoding import OnlyFrames
 from antefix.metrics import score
@@ -52,15 +52,16 @@ def test_scores_by_hand() -> None:
 
 
 def test_every_beginning_of_a_frame_begins_one() -> None:
-    assert all(begins_frame(FRAME[:n]) for n in range(len(FRAME) + 1))
-    assert all(begins_frame(FRAME[:n], ["IN:GET_WEATHER", "SL:LOCATION", "IN:GET_LOCATION"]) for n in range(len(FRAME)))
-    assert not begins_frame(FRAME[:5], ["IN:SET_ALARM"])
-    assert not begins_frame(FRAME, ["IN:GET_WEATHER", "SL:LOCATION"])
+    assert all(ending(FRAME[:n]) is not None for n in range(len(FRAME) + 1))
+    labels = ["IN:GET_WEATHER", "SL:LOCATION", "IN:GET_LOCATION"]
+    assert all(ending(FRAME[:n], labels) is not None for n in range(len(FRAME)))
+    assert ending(FRAME[:5], ["IN:SET_ALARM"]) is None
+    assert ending(FRAME, ["IN:GET_WEATHER", "SL:LOCATION"]) is None
 
 
 @pytest.mark.parametrize("text", ["a", "]", "[S", "[IN:A [I", "[IN:A [SL:B [SL", "[IN:A x ] y", "[IN:A x ] [", "[x"])
 def test_what_begins_no_frame(text: str) -> None:
-    assert not begins_frame(text)
+    assert ending(text) is None
 
 
 @pytest.mark.parametrize("symbols", [(), ("[IN:GO", "[SL:TO", "]")])

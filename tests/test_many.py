@@ -29,7 +29,7 @@ from antefix.training.prepared import prepare_recipe
 from antefix.training.recipe import Recipe
 from antefix.training.run import train
 from antefix.training.user_learner import UserLearner
-from antefix.training.users import User, Users, prefix_name
+from antefix.training.users import User, Users, user_prefix_name
 
 SHARED_METHODS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 3},
@@ -54,7 +54,7 @@ def user(name: str, count: int, *, with_dev: bool = True) -> User:
 
     dev = tuple(example(n) for n in range(count, count + 2)) if with_dev else ()
     return User(
-        name=prefix_name("t", (name,)), by={"name": name}, train=tuple(example(n) for n in range(count)), dev=dev
+        name=user_prefix_name("t", (name,)), by={"name": name}, train=tuple(example(n) for n in range(count)), dev=dev
     )
 
 
@@ -311,8 +311,8 @@ def test_the_recipes_metric_chooses_each_ones_best_step(tmp_path: Path) -> None:
 
 
 def test_names_can_be_read_back_and_long_ones_stay_apart() -> None:
-    assert prefix_name("menus", ("Fern Hill", "£20-25")) == "menus.Fern_Hill.__a3_20-25"
-    assert len({prefix_name("m", (v,)) for v in ("a b", "a_b", "a.b", "a-b", "A b")}) == 5
-    one, other = (prefix_name("m", ("x" * 150 + end,)) for end in "ab")
+    assert user_prefix_name("menus", ("Fern Hill", "£20-25")) == "menus.Fern_Hill.__a3_20-25"
+    assert len({user_prefix_name("m", (v,)) for v in ("a b", "a_b", "a.b", "a-b", "A b")}) == 5
+    one, other = (user_prefix_name("m", ("x" * 150 + end,)) for end in "ab")
     assert len(one) == len(other) == 100
     assert one != other

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DECODER_ONLY, METHOD_CONFIGS, NOT_ON, tiny_base
+import transformers
+from conftest import DECODER_ONLY, METHOD_CONFIGS, NOT_ON, tiny_base, tiny_tokenizer
 from serving import (
     add_prefix,
     alone,
@@ -381,6 +382,28 @@ def test_a_fault_while_rows_join_leaves_nobody_without_an_end(
     loop.close()
 
 
+def test_a_prefix_that_cannot_go_to_work_leaves_those_at_work(
+    base: Base, bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Attachment.begin
+
+    def breaks(self: Attachment) -> None:
+        if len(self.prefixes) > 1:
+            raise RuntimeError("no memory")
+        begin(self)
+
+    monkeypatch.setattr(Attachment, "begin", breaks)
+    loop = loop_over(base, bank)
+    writes = Job("writes", some_prompt(4, 1), ("p1",), greedy(9, ignore_eos=True))
+    loop.add(writes)
+    events = loop.step()
+    loop.add(Job("joins", some_prompt(4, 2), ("p2",), greedy(3)))
+    events += run_all(loop)
+    loop.close()
+    assert isinstance(end_of(events, "joins"), Failed)
+    assert_same_text(tokens_of(events, "writes"), *alone(base, bank, writes))
+
+
 def test_a_prefix_that_no_memory_is_left_to_read_fails_its_own_job_alone(
     base: Base, bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,6 +433,25 @@ def test_a_prefix_that_no_memory_is_left_to_read_fails_its_own_job_alone(
 def test_only_decoders_are_served(architecture: str, tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="is no decoder that reads from left to right") as refused:
         loop_over(tiny_base(architecture), Bank(tmp_path))
+    assert refused.value.kind == "unsupported"
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "FalconH1": {"mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+}
+"""Bases whose layers keep states that have no columns: of some layers, of all beside attention."""
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_what_keeps_more_than_keys_and_values_is_not_served(name: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=263, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=56, max_position_embeddings=128, **HYBRIDS[name],
+    )  # fmt: skip
+    base = Base(getattr(transformers, f"{name}ForCausalLM")(config).eval(), tiny_tokenizer(), "hybrid")
+    with pytest.raises(ServingError, match="'hybrid' keeps more of a text than keys and values") as refused:
+        loop_over(base, Bank(tmp_path))
     assert refused.value.kind == "unsupported"
 
 

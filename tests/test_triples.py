@@ -137,6 +137,7 @@ class TestNegatives:
         share = len(GRAPH) * 4
         assert prepared.train_set.num_draws == 2
         assert prepared.num_steps == 2 * share // 8
+        assert (prepared.train_set.pairs_of_epoch, prepared.train_set.num_pairs) == (share, 2 * share)
         plan = steps(prepared.train_set, pairs_per_step=8, targets_per_row=2, seed=0)
         seen = [sorted(u.example for units in islice(plan, share // 8) for u in units) for _ in range(3)]
         assert seen == [[*range(share)], [*range(share, 2 * share)], [*range(share)]]
@@ -383,10 +384,13 @@ def test_a_recipe_trains_and_a_command_ranks(tmp_path: Path, monkeypatch: pytest
         'name = "food"\nbase = "encoder"\ntask = "triples"\nmethod = "palt"\n'
         "config = {begin = 2, middle = 1, end = 1}\n"
         '[data]\ntrain = "graph/train.tsv"\ndev = "graph/test.tsv"\n'
-        '[training]\nmax_steps = 4\nevaluations = 2\ndev_metric = "accuracy"\n'
+        '[training]\nmax_steps = 4\npairs_per_step = 16\nevaluations = 2\ndev_metric = "accuracy"\n'
     )
+    dry = CliRunner().invoke(app, ["train", "graph.toml", "--dry-run", "--json", "training.max_steps=1"])
     run = CliRunner().invoke(app, ["train", "graph.toml"])
     assert run.exit_code == 0, run.output
+    made = Prefix.load("bank/food").card.training
+    assert made["pairs"] == made["sources"] == json.loads(dry.stdout)["pairs"], "of an epoch, not of all draws"
     words = ["links", "-p", "bank/food", "--test", "graph/test.tsv", "--dev", "graph/train.tsv", "--record", "--json"]
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 0, found.output

@@ -18,11 +18,6 @@ BYTES_A_VALUE = 4
 """Kept tensors are float32."""
 
 
-def training_flop(model: PreTrainedModel, *, steps: int, rows_a_step: int, tokens_a_row: float) -> float:
-    """Of a whole training, T-Few's product: FLOP a token x tokens of a row (all choices) x rows a step x steps."""
-    return flop_a_token(model).training * tokens_a_row * rows_a_step * steps
-
-
 def storage_bytes(num_values: int) -> int:
     """Of a kept prefix of so many values, its card left out."""
     return BYTES_A_VALUE * num_values

@@ -115,12 +115,12 @@ def load_base(name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
     return Base(model, tokenizer, name, revision)
 
 
-def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[PreTrainedTokenizerBase, Any]:
+def load_tokenizer(name: str | Path) -> tuple[PreTrainedTokenizerBase, Any]:
     """A base's tokenizer and its config, without the weights: for who speaks to a process that has these.
 
     Raises BaseModelError when nothing of that name can be loaded.
     """
-    source = _source(str(name), revision)
+    source = _source(str(name), None)
     try:
         config = AutoConfig.from_pretrained(**source)
     except _FOREIGN_ERRORS as error:

@@ -64,11 +64,7 @@ def _encoded(base: Base, examples: Sequence[Example], task: RankingTask, text_fo
         limits, tokenizer = Limits(context=base.context_length), base.tokenizer
         if attachment is not None:
             module = attachment.module_of(n)
-            limits = Limits(
-                context=module.room_in(base.context_length),
-                inserted=module.num_inserted_tokens,
-                condition=module.condition_length,
-            )
+            limits = module.limits_in(base.context_length)
             tokenizer = base.tokenizer_with(module.symbols)
         every += task.encode([example], text_format, tokenizer, limits, for_encoder=for_encoder).examples
     return Encoded(tuple(every), 0, 0, for_encoder, are_choices=True)

@@ -5,6 +5,7 @@ AntefixError
 ├── RecipeError           a recipe or a command-line override is wrong (names the key)
 ├── BaseModelError        a base cannot be loaded or cannot carry a prefix (names the model)
 ├── PrefixError           a prefix does not fit where it is used
+│   ├── ConfigError       a method's config lacks what has no default, or what has none on this base
 │   ├── PrefixFileError   a kept prefix is broken, hostile or of an unknown format (names file and tensor)
 │   └── WrongBaseError    a prefix was trained for another base
 ├── BankError             a bank cannot do what was asked (missing name, taken name)

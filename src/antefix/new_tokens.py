@@ -54,10 +54,6 @@ class NewTokens:
     def _every(self) -> list[Tensor | None]:
         return [made.new_tokens for made in self._attachment.made()]
 
-    def _index(self, num_rows: int) -> Tensor | int:
-        forest = self._attachment.forest
-        return self._attachment.rows_of(num_rows if forest is None else forest.num_trees)
-
     def _keep_ids(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if is_bare():
             return None
@@ -88,13 +84,13 @@ class NewTokens:
             return logits
         every = self._every()
         states = args[0].to(torch.float32)
-        index = 0 if states.ndim == 2 and len(every) == 1 else self._index(states.shape[0])
+        index = 0 if states.ndim == 2 and len(every) == 1 else self._attachment.index_of_tokens(states.shape[0])
         if isinstance(index, int):
             new = None if index == BARE else every[index]
             return logits if new is None else torch.cat([logits, (states @ new.T).to(logits.dtype)], dim=-1)
         if states.ndim == 2 or self._attachment.forest is not None:
             raise PrefixError("rows of unlike new tokens are not scored packed: give them one after the other")
-        return torch.cat([logits, self._of_rows(states, every, index).to(logits.dtype)], dim=-1)
+        return torch.cat([logits, self._of_rows(states, every, index[:, 0]).to(logits.dtype)], dim=-1)
 
     def _rule_out(self, module: nn.Module, args: Any, output: Any) -> None:
         """What a row does not have is never likely, whatever the model does with logits (a soft cap)."""

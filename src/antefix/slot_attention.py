@@ -16,7 +16,7 @@ from antefix.attention.slot_share import SlotBranch
 from antefix.base import Base
 from antefix.batches.form import BatchForm, batch_of
 from antefix.batches.head import pair_losses
-from antefix.data.encode import Limits, encode
+from antefix.data.encode import encode
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat
 from antefix.data.plan import Unit
@@ -39,11 +39,12 @@ def slot_attention(
     for one of another base, and DataError where no example has a target.
     """
     module = prefix.module(base.model)
-    if prefix.card.task is not None or module.branches() or not module.slots():
+    is_plain = module.folds_to_key_value and not module.branches() and module.slots()
+    if prefix.card.task is not None or not is_plain:
         raise PrefixError("attention is measured of prefixes that write texts and are plain keys and values")
     watched = _Watched(module)
     sites = find_sites(base.model)
-    limits = Limits(context=module.room_in(base.context_length))
+    limits = module.limits_in(base.context_length)
     text_format = TextFormat.from_dict(prefix.card.text_format)
     data = encode(examples, text_format, base.tokenizer, limits, for_encoder=not sites.is_causal)
     units = [Unit(n, (t,)) for n, example in enumerate(data.examples) for t in range(len(example.targets))]

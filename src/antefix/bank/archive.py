@@ -10,7 +10,6 @@ checked like any that is loaded. `tar` reads and writes these archives too: `tar
 from __future__ import annotations
 
 import os
-import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import file_digest
@@ -195,7 +194,6 @@ def _place(scratch: Path, bank: Bank, names: Sequence[str]) -> None:
             placed.append(name)
     except (OSError, BankError):
         for name in placed:
-            shutil.rmtree(scratch / name, ignore_errors=True)
             os.rename(bank.path(name), scratch / name)
         raise
 

@@ -58,7 +58,7 @@ class Stamps(NamedTuple):
         return self.card is not None or self.tensors is not None
 
 
-class Look(NamedTuple):
+class Seen(NamedTuple):
     """What was found under a name."""
 
     stamps: Stamps
@@ -83,7 +83,7 @@ def folder_stamp(status: os.stat_result) -> str:
     return f"{status.st_ino} {status.st_ctime_ns}"
 
 
-def look(folder: str, name: str) -> Look | None:
+def read_entry(folder: str, name: str) -> Seen | None:
     """Read a prefix's card; None where there is no such folder. Stamps are taken first: a later change is noticed."""
     path = f"{folder}/{name}"
     stamps = stamps_of(path)
@@ -104,7 +104,7 @@ def look(folder: str, name: str) -> Look | None:
         tags=card.tags, parents=card.parents, licence=card.licence,
         scores=latest_scores(card),
     )  # fmt: skip
-    return Look(stamps, entry, "\n".join([name, *card.tags, card.notes]).casefold())
+    return Seen(stamps, entry, "\n".join([name, *card.tags, card.notes]).casefold())
 
 
 def latest_scores(card: Card) -> dict[str, Any]:
@@ -118,8 +118,8 @@ def version_of(name: str) -> tuple[str, int]:
     return (found[1], int(found[2])) if found else (name, 0)
 
 
-def _broken(stamps: Stamps, name: str, problem: str) -> Look:
-    return Look(stamps, Entry(name=name, problem=problem), name.casefold())
+def _broken(stamps: Stamps, name: str, problem: str) -> Seen:
+    return Seen(stamps, Entry(name=name, problem=problem), name.casefold())
 
 
 def _stamp(path: str) -> Stamp:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from antefix import atomic
-from antefix.bank.entry import Entry, Look, Stamps, folder_stamp, look, stamps_of, version_of
+from antefix.bank.entry import Entry, Seen, Stamps, folder_stamp, read_entry, stamps_of, version_of
 from antefix.bank.query import SEPARATOR, Page, Query, listed, order, where
 from antefix.errors import BankError
 
@@ -123,7 +123,7 @@ class Index:
 
     def _changes(
         self, known: Iterable[tuple[str, str, str]], names: list[str], watch: Watch | None = None
-    ) -> tuple[list[str], list[Look]]:
+    ) -> tuple[list[str], list[Seen]]:
         """Of these names: which are no folder any more, and what was found anew."""
         folder, before = os.fspath(self._folder), {name: rest for name, *rest in known}
         gone: list[str] = []
@@ -134,17 +134,17 @@ class Index:
                 gone.append(name)
             elif before.get(name) != _columns(stamps):
                 others.append(name)
-        found: list[Look] = []
+        found: list[Seen] = []
         for done, name in enumerate(others):
             if watch is not None:
                 watch(done, len(others))
-            if (look_at := look(folder, name)) is None:
+            if (one := read_entry(folder, name)) is None:
                 gone.append(name)
             else:
-                found.append(look_at)
+                found.append(one)
         return gone, found
 
-    def _write(self, db: sqlite3.Connection, gone: list[str], found: list[Look], state: tuple[str, int] | None) -> None:
+    def _write(self, db: sqlite3.Connection, gone: list[str], found: list[Seen], state: tuple[str, int] | None) -> None:
         """In one transaction, and only what is still true: others may have looked later, and written before us."""
         if not gone and not found and state is None:
             return
@@ -314,11 +314,11 @@ def _columns(stamps: Stamps) -> list[object]:
     return [stamps.folder, f"{stamps.card} {stamps.tensors}"]
 
 
-def _kind(found: Look) -> int:
+def _kind(found: Seen) -> int:
     return _NO_PREFIX if not found.stamps.is_prefix else _BROKEN if found.entry.problem else _GOOD
 
 
-def _row(found: Look) -> tuple[object, ...]:
+def _row(found: Seen) -> tuple[object, ...]:
     entry, card = found.entry, found.stamps.card
     return (
         entry.name, _kind(found), *version_of(entry.name), 0, entry.method, entry.base, entry.fingerprint,

@@ -54,13 +54,13 @@ def _measured(out: Console, kept: Path, name: str, base: Base, prefix: Prefix | 
     """Measure once; a demo that was interrupted finds what it measured before."""
     from antefix import atomic
     from antefix.cli.progress import LiveLine, clock
-    from antefix.demo import Measured, measure, task_of
+    from antefix.demo import Measured, key_of_texts, measure
     from antefix.pace import Pace
 
-    task = task_of(base, prefix)
+    key = key_of_texts(base, prefix)
     if kept.is_file():
         content = json.loads(kept.read_text(encoding="utf-8"))
-        if content.get("task") == task:
+        if content.get("task") == key:
             return Measured(content["texts"], content["scores"])
     out.print(f"writing {len(test)} test texts, {name}")
     with LiveLine(out, len(test), "text") as line:
@@ -70,7 +70,7 @@ def _measured(out: Console, kept: Path, name: str, base: Base, prefix: Prefix | 
 
         measured = measure(base, prefix, test, watch)
     atomic.write_bytes(
-        kept, json.dumps({"task": task, "texts": measured.texts, "scores": measured.scores}, indent=1).encode()
+        kept, json.dumps({"task": key, "texts": measured.texts, "scores": measured.scores}, indent=1).encode()
     )
     return measured
 

@@ -108,7 +108,7 @@ def _plan_facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "method": prepared.method,
         "num_virtual_tokens": prepared.module.num_virtual_tokens,
         "learning_rate": prepared.learning_rate,
-        "pairs": prepared.train_set.num_pairs,
+        "pairs": prepared.train_set.pairs_of_epoch,
         "dev_pairs": prepared.dev_set.num_pairs,
         "steps": prepared.num_steps,
     }
@@ -119,8 +119,9 @@ def _plan(prepared: Prepared) -> list[str]:
     lines = [
         f"base {prepared.base.name}, method {prepared.method}, {prepared.module.num_virtual_tokens} slots, "
         f"learning rate {prepared.learning_rate:g}",
-        f"data {train_set.num_pairs:,} pairs of {len(train_set.examples):,} sources; dev {dev_set.num_pairs:,} pairs "
-        f"of {len(dev_set.examples):,}; {prepared.num_steps:,} steps of {prepared.training.pairs_per_step} pairs",
+        f"data {train_set.pairs_of_epoch:,} pairs of {len(train_set.of_epoch(0)):,} sources; "
+        f"dev {dev_set.num_pairs:,} pairs of {len(dev_set.examples):,}; "
+        f"{prepared.num_steps:,} steps of {prepared.training.pairs_per_step} pairs",
     ]
     for encoded, name in ((train_set, "training"), (dev_set, "dev")):
         for count, what in ((encoded.truncated_sources, "sources"), (encoded.truncated_targets, "targets")):

@@ -59,6 +59,11 @@ class Encoded:
         """Source/target pairs, of all draws together."""
         return sum(self.pairs_in(len(e.targets)) for e in self.examples)
 
+    @property
+    def pairs_of_epoch(self) -> int:
+        """Source/target pairs of one draw."""
+        return self.num_pairs // self.num_draws  # draws are equal shares
+
     def of_epoch(self, epoch: int) -> range:
         """The examples of an epoch."""
         share = len(self.examples) // self.num_draws

@@ -49,19 +49,11 @@ def parse(text: str) -> Node | None:
     return None if reading is None else reading.root
 
 
-def begins_frame(text: str, labels: Sequence[str] = ()) -> bool:
-    """Whether a frame can begin with this text, a label that is cut off included.
-
-    labels: those that there are (`IN:GET_WEATHER`); empty: any.
-    """
-    return ending(text, labels) is not None
-
-
 def ending(text: str, labels: Sequence[str] = ()) -> str | None:
     """The shortest text that makes this beginning of a frame a whole one: the rest of its label, all brackets closed.
 
-    Empty for a whole frame, None for what begins none. labels: those that there are; where any will do, one that
-    has no letter yet becomes `A`.
+    Empty for a whole frame, None for what begins none. labels: those that there are (`IN:GET_WEATHER`); empty: any
+    will do, and one that has no letter yet becomes `A`.
     """
     cut = _CUT.search(text)
     reading = _read(text if cut is None else text[: cut.start()], labels)

@@ -25,7 +25,7 @@ _SIBLINGS = ("dev", "valid", "validation", "val")
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Of many texts: half are at most `median` long, none is longer than `longest`."""
+    """How long texts are: the median and the longest of all, or of a sample (see `Look.source_lengths`)."""
 
     median: int
     longest: int
@@ -66,7 +66,11 @@ class Look:
         return tuple(found) if few and all(len(t) <= _LONGEST_CLASS_CHARS for t in found) else ()
 
     def source_lengths(self, count: Callable[[str], int] = len) -> Lengths:
-        """How long the sources are, as the model reads them: in characters, or in what `count` counts."""
+        """How long the sources are, as the model reads them: in characters, or in what `count` counts.
+
+        Of more than two thousand a sample is counted, the longest by characters in it: `longest` is exact in
+        characters, while in tokens another source may have a few more.
+        """
         return _lengths([self.written(e.source) for e in self.examples], count)
 
     def target_lengths(self, count: Callable[[str], int] = len) -> Lengths:

@@ -51,7 +51,7 @@ def tables(split: str) -> list[Example]:
     return read(TABLES, split=split)
 
 
-def task_of(base: Base, prefix: Prefix | None) -> str:
+def key_of_texts(base: Base, prefix: Prefix | None) -> str:
     """Tells texts that were written this way from any others."""
     parts = (base.fingerprint, _format(prefix).model_dump_json(), DECODING.model_dump_json())
     return "\n".join([*parts, "" if prefix is None else prefix.card.model_dump_json()])

@@ -26,7 +26,7 @@ from antefix.rotary import moved
 from antefix.sites import Site, find_sites
 from antefix.tensor_file import read_tensors
 
-CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MATRIX = "prompt_embeddings"
 _TYPES = ("PREFIX_TUNING", "CARTRIDGE")  # a cartridge is a prefix whose first slots were frozen in training
 
@@ -90,7 +90,7 @@ def import_peft(folder: str | Path, base: Base, *, positions: Positions = "in_pl
 def _read_config(path: Path) -> _AdapterConfig:
     if not path.is_file():
         raise PrefixFileError(
-            f"{path}: no such file; a PEFT checkpoint is a folder with {CONFIG_FILE} and {TENSORS_FILE}"
+            f"{path}: no such file; a PEFT checkpoint is a folder with {CONFIG_FILE} and {ADAPTER_FILE}"
         )
     try:
         with path.open("rb") as file:
@@ -109,7 +109,7 @@ def _read_config(path: Path) -> _AdapterConfig:
 
 
 def _read_matrix(folder: Path, config: _AdapterConfig) -> Tensor:
-    path = folder / TENSORS_FILE
+    path = folder / ADAPTER_FILE
     if not path.is_file() and (folder / "adapter_model.bin").exists():
         raise PrefixFileError(
             f"{folder}: holds a pickle (adapter_model.bin), which can run code when read and is never opened: "

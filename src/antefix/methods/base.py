@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from antefix.attention.branch import Branch, Condition
 from antefix.base import Base
+from antefix.data.encode import Limits
 from antefix.data.linearise import TextFormat
 from antefix.parts.initial import Positions
 from antefix.parts.inserted import Inserted
@@ -106,6 +107,12 @@ class MethodModule(nn.Module):
         if context_length is None or self.positions != "shifted":
             return context_length
         return context_length - self.num_virtual_tokens
+
+    def limits_in(self, context_length: int | None) -> Limits:
+        """How many tokens of an example fit beside it into a base's context, and which it has fed besides."""
+        return Limits(
+            context=self.room_in(context_length), condition=self.condition_length, inserted=self.num_inserted_tokens
+        )
 
     @property
     def for_targets(self) -> bool:

@@ -9,13 +9,13 @@ weights of NIST and CIDEr, the metric says in `RESAMPLED` what is done instead, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from antefix.errors import MetricError
-from antefix.metrics import E2E_METRICS, RESAMPLES, evaluate, load
+from antefix.metrics import RESAMPLES, load
 from antefix.metrics.base import Evaluated, Rows
 
 VERSION = "paired-bootstrap.1"
@@ -38,20 +38,6 @@ class Comparison:
     seed: int
     note: str
     """In what they differ from scoring every draw anew; empty where they do not."""
-
-
-def paired_bootstrap(
-    references: Sequence[Sequence[str]],
-    first: Sequence[str],
-    second: Sequence[str],
-    metrics: Sequence[str] = E2E_METRICS,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict[str, Comparison]:
-    """Compare two systems' texts for the same inputs. Raises what `evaluate` raises."""
-    one, other = (evaluate(references, texts, metrics) for texts in (first, second))
-    return compare(one, other, resamples=resamples, seed=seed)
 
 
 def compare(

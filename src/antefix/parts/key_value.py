@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from antefix.sites import Kind, Site
 
+_FIT_STEPS, _FIT_RATE = 500, 1e-4
+"""Of Adam, on the mean squared error, as in the paper's code."""
+
 
 class KeyValue(NamedTuple):
     """The slots of one site."""
@@ -111,21 +114,16 @@ class NetworkSlots(nn.Module):
                 slots[site.name] = KeyValue(key, value)
         return slots
 
-    def fit(self, target: Slots, *, steps: int = 500, learning_rate: float = 1e-4) -> float:
-        """The paper's word initialisation: fit the network (not the embedding) to given slots.
-
-        500 steps of Adam at 1e-4 on the mean squared error are the paper's code's. Returns the last error.
-        """
-        optimiser = torch.optim.Adam(self.networks.parameters(), lr=learning_rate)
+    def fit(self, target: Slots) -> None:
+        """The paper's word initialisation: fit the network (not the embedding) to given slots."""
+        optimiser = torch.optim.Adam(self.networks.parameters(), lr=_FIT_RATE)
         wanted = _flat(target.values())
-        error = torch.zeros(())
-        for _ in range(steps):
+        for _ in range(_FIT_STEPS):
             optimiser.zero_grad()
             error = torch.nn.functional.mse_loss(_flat(self().values()), wanted)
             error.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         self.zero_grad()  # the embedding's too: a left-over gradient would enter the first step of training
-        return float(error.detach())
 
     def _widths(self, kind: str) -> list[int]:
         sites = [s for s in self._sites if s.kind == kind]

@@ -29,7 +29,7 @@ class AttachedSet:
         self._rows: list[int] | None = None
 
     def include(self, joining: Sequence[Carried], at_work: Sequence[Carried]) -> None:
-        """Have these attached. Raises PrefixError, and leaves things as they were."""
+        """Have these attached. What is attached stays so where an error is raised (PrefixError or another)."""
         wanted = dict.fromkeys([*at_work, *joining])
         if all(one in self._every for one in wanted):
             return
@@ -37,9 +37,16 @@ class AttachedSet:
         every = [*idle[-_MOST_IDLE:], *wanted]
         modules = [one.module for one in every]
         attachment = Attachment(self._model, modules, modules)
-        self.release()
-        attachment.begin()
-        self._every, self._attachment = every, attachment
+        before = self._attachment
+        if before is not None:
+            before.detach()
+        try:
+            attachment.begin()
+        except Exception:
+            if before is not None:  # rows at work would go on without their prefixes, and nobody would notice
+                before.begin()
+            raise
+        self._every, self._attachment, self._rows = every, attachment, None
 
     def place(self, rows: Sequence[Carried | None], source_columns: int | Tensor) -> None:
         """The next pass has these rows, whose sources end in these columns."""

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from antefix.base import Base
+from antefix.errors import ServingError
 from antefix.sites import find_sites
 
 _FIRST_ROOM = 128
@@ -53,10 +55,9 @@ class Frame:
         first, last = self.num_rows, self.num_rows + len(picked)
         self._make_room(last, max(self.width, width))
         for layer, source in zip(self._layers, layers, strict=True):
-            if source.keys is not None:  # layers without attention have none, here as there
-                for new, old in ((layer.keys, source.keys), (layer.values, source.values)):
-                    new[first:last, :, self._end - width : self._end] = old[list(picked)]
-                    new[first:last, :, self._start : self._end - width] = 0.0
+            for new, old in ((layer.keys, source.keys), (layer.values, source.values)):
+                new[first:last, :, self._end - width : self._end] = old[list(picked)]
+                new[first:last, :, self._start : self._end - width] = 0.0
         self.num_rows = last
 
     def begin_step(self) -> None:
@@ -124,6 +125,29 @@ def _with_room(width: int) -> int:
 def buffer_columns(num_rows: int, width: int) -> int:
     """How many columns the buffers of so many rows have, all rows counted."""
     return (1 << (num_rows - 1).bit_length()) * _with_room(width)
+
+
+def refuse_unfit(base: Base) -> None:
+    """Raises ServingError for a base that does not read from left to right, or keeps more of a text than a frame can.
+
+    What a state-space layer keeps of a text has no columns. Layers at the end may keep nothing, where they read what
+    earlier ones keep.
+    """
+    if not find_sites(base.model).is_causal:
+        raise ServingError(
+            f"the base '{base.name}' is no decoder that reads from left to right: serve one like GPT-2 or Llama",
+            "unsupported",
+        )
+    kept = [type(layer) for layer in DynamicCache(config=base.model.config).layers]
+    while kept and kept[-1] is DummyLayer:
+        kept.pop()
+    if others := {one for one in kept if one not in (DynamicLayer, DynamicSlidingWindowLayer)}:
+        named = ", ".join(sorted(one.__name__ for one in others))
+        raise ServingError(
+            f"the base '{base.name}' keeps more of a text than keys and values ({named}): serve one whose layers are "
+            "all attention, like Llama",
+            "unsupported",
+        )
 
 
 def column_bytes(model: PreTrainedModel) -> int:

@@ -21,15 +21,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from antefix.base import Base
-from antefix.errors import AntefixError, ServingError, one_line
+from antefix.errors import AntefixError, ServingError, ServingKind, one_line
 from antefix.server.attached_set import AttachedSet
 from antefix.server.carried import Carried
-from antefix.server.frame import Frame, buffer_columns, column_bytes, left_padded, mask_of
-from antefix.server.messages import Event, Failed, Finished, Job, Kind, PromptScored, Token, Top
+from antefix.server.frame import Frame, buffer_columns, column_bytes, left_padded, mask_of, refuse_unfit
+from antefix.server.messages import Event, Failed, Finished, Job, PromptScored, Token, Top
 from antefix.server.residency import Residency
 from antefix.server.sampling import Sampler, scores_of
 from antefix.site_stack import RowMemory
-from antefix.sites import find_sites
 
 _log = logging.getLogger(__name__)
 
@@ -75,12 +74,8 @@ class Loop:
     def __init__(
         self, base: Base, residency: Residency, *, max_rows: int, prompt_tokens: int, cache_bytes: int
     ) -> None:
-        """Raises ServingError for a base that does not write texts from left to right."""
-        if not find_sites(base.model).is_causal:
-            raise ServingError(
-                f"the base '{base.name}' is no decoder that reads from left to right: serve one like GPT-2 or Llama",
-                "unsupported",
-            )
+        """Raises ServingError for a base that does not write texts from left to right, or is no plain attention."""
+        refuse_unfit(base)
         self._base, self._residency = base, residency
         self._max_rows, self._prompt_tokens = max_rows, prompt_tokens
         self._attached = AttachedSet(base.model)
@@ -391,7 +386,7 @@ def _scored(row: _Row, logits_TV: Tensor) -> PromptScored:
 def _failed(jobs: Sequence[Job], error: Exception) -> list[Failed]:
     """What went wrong, told of each of these."""
     if isinstance(error, AntefixError):
-        kind: Kind = error.kind if isinstance(error, ServingError) else "broken_prefix"
+        kind: ServingKind = error.kind if isinstance(error, ServingError) else "broken_prefix"
         return [Failed(job.id, str(error), kind) for job in jobs]
     _log.error("jobs failed: %d", len(jobs), exc_info=error)
     message = f"the engine failed ({type(error).__name__}: {one_line(error)}); its log says more"

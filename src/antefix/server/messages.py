@@ -17,9 +17,6 @@ Top = tuple[tuple[int, float], ...]
 EndReason = Literal["stop", "length", "cancelled"]
 """Why a job ended: the token that ends a text came; as many tokens as asked for; nobody wants it any more."""
 
-Kind = ServingKind
-"""What went wrong."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -98,7 +95,7 @@ class Failed:
 
     job: str
     message: str
-    kind: Kind
+    kind: ServingKind
 
 
 Event = Token | PromptScored | Finished | Failed

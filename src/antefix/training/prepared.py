@@ -11,7 +11,7 @@ import torch
 
 from antefix.base import Base, load_base
 from antefix.data import read, sample_pairs, split_examples
-from antefix.data.encode import Encoded, Limits, encode, where_of
+from antefix.data.encode import Encoded, encode, where_of
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
@@ -162,12 +162,7 @@ def prepare(
     torch.manual_seed(training.seed)
     module = fresh or built(base, method, checked, made)
     text_format = module.with_symbols(text_format)
-    fits = Limits(
-        context=module.room_in(base.context_length),
-        target=max_target_tokens,
-        condition=module.condition_length,
-        inserted=module.num_inserted_tokens,
-    )
+    fits = replace(module.limits_in(base.context_length), target=max_target_tokens)
     tokenizer = base.tokenizer_with(module.symbols)
     encode_all = encode if made is None else made.encode
     for_encoder = not find_sites(base.model).is_causal

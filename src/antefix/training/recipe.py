@@ -38,8 +38,8 @@ class DataRecipe(_Section):
     dev: str | None = None
     """The dev set; None: `dev_fraction` of the training sources, drawn with the seed."""
     dev_fraction: float = Field(0.1, ge=0, lt=1)
-    """0: there is none, and the last step is kept."""
-    """The part of the training sources that becomes the dev set, where `dev` names none."""
+    """The part of the training sources that becomes the dev set, where `dev` names none. 0: there is no dev set, and
+    the last step is kept."""
     format: str | None = None
     """The reader's name; None: found by looking."""
     reader: dict[str, Any] = Field(default_factory=dict)

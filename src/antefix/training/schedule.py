@@ -10,10 +10,10 @@ from antefix.training.recipe import TrainingRecipe
 
 def planned_steps(train_set: Encoded, recipe: TrainingRecipe) -> int:
     """How many optimiser steps the run takes."""
-    return planned_steps_of(train_set.num_pairs / train_set.num_draws, recipe)
+    return planned_steps_of(train_set.pairs_of_epoch, recipe)
 
 
-def planned_steps_of(pairs_of_epoch: float, recipe: TrainingRecipe) -> int:
+def planned_steps_of(pairs_of_epoch: int, recipe: TrainingRecipe) -> int:
     """How many optimiser steps a run takes whose epochs have so many pairs."""
     if recipe.max_steps is not None:
         return recipe.max_steps

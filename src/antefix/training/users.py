@@ -76,7 +76,7 @@ def users_of(recipe: Recipe, by: Sequence[str], min_pairs: int, *, keep_empty: b
             f"{data.train}: nobody has {min_pairs} pairs, the most is {most}: take --min-pairs {most} or fewer, or "
             "other columns"
         )
-    names = {values: prefix_name(recipe.name, values) for values in enough}
+    names = {values: user_prefix_name(recipe.name, values) for values in enough}
     _refuse_collisions(names)
     users = [_user(recipe, groups.by, values, names[values], some, dev) for values, some in enough.items()]
     return Users(users, skipped, groups.without_value)
@@ -87,7 +87,7 @@ def pairs_of(examples: Iterable[Example]) -> int:
     return sum(len(e.targets) for e in examples)
 
 
-def prefix_name(recipe_name: str, values: Values) -> str:
+def user_prefix_name(recipe_name: str, values: Values) -> str:
     """The prefix's name for these values: `menus.Fern_Hill.less_than___a3_20`.
 
     Letters, digits and `-` stay, a space becomes `_`, any other character `__` and its number in hexadecimal digits and
