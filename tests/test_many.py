@@ -21,6 +21,7 @@ from antefix.data import Example, Table
 from antefix.data.plan import all_units
 from antefix.errors import TrainingError
 from antefix.prefix import Prefix
+from antefix.training import many as many_module
 from antefix.training.identity import Identity, identity_of
 from antefix.training.many import ManyReport, train_many
 from antefix.training.many_report import report_of
@@ -268,6 +269,22 @@ def test_a_user_whose_loss_is_no_number_fails_alone(tmp_path: Path, monkeypatch:
     many(base, healthy)
     for one in USERS[1:]:
         assert_close(tensors(made, one), tensors(healthy, one))
+
+
+def test_a_user_whose_dev_score_is_no_number_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = many_module._dev_losses
+
+    def spoilt(base: Base, attachment: Any, learners: Any, *rest: Any) -> Any:
+        found = measured(base, attachment, learners, *rest)
+        ill = {one: math.nan for one in found if one.user.name == "t.Inn" and one.needs == "dev_scores"}
+        return found | ill
+
+    monkeypatch.setattr(many_module, "_dev_losses", spoilt)
+    made = recipe(tmp_path, "lora")
+    _, failed = many(tiny_base("llama"), made)
+    assert list(failed) == ["t.Inn"]
+    assert "its dev loss is nan; lower learning_rate" in failed["t.Inn"]
+    assert all(tensors(made, one) for one in USERS[1:])
 
 
 def test_data_that_do_not_fit_are_told_and_the_others_go_on(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from antefix.at_work import BARE
 from antefix.attach import attached
 from antefix.attachment import Attachment
 from antefix.base import Base
+from antefix.errors import TrainingError
 from antefix.generation import generate_each
 from antefix.metrics import score
 from antefix.training.mixing import Share, passes
@@ -101,7 +102,8 @@ def _turn(base: Base, team: Team, attachment: Attachment, seats: Seats, recipe: 
     due = [*team.those_who_need("dev_scores"), *team.those_who_need("base_loss")]
     tokens = sum(learner.dev_extent.num_tokens for learner in due)
     if due and (tokens >= budget or not team.those_who_need("step")):
-        _evaluate(base, attachment, due, seats, recipe)
+        for learner, problem in _evaluate(base, attachment, due, seats, recipe).items():
+            team.dismiss(learner, problem)
         return []
     chosen = team.next_to_step(budget)
     problems = _gradients(base, attachment, chosen, seats, recipe)
@@ -150,8 +152,12 @@ def _evaluate(
     learners: Sequence[UserLearner],
     seats: Seats,
     recipe: TrainingRecipe,
-) -> None:
-    """Fresh dev scores, or the dev loss of the bare base, for those who need the one or the other."""
+) -> dict[UserLearner, str]:
+    """Fresh dev scores, or the dev loss of the bare base, for those who need the one or the other.
+
+    Whose scores are no numbers, and why.
+    """
+    problems: dict[UserLearner, str] = {}
     with_prefix = [learner for learner in learners if learner.needs == "dev_scores"]
     for learner in learners:
         learner.module.eval()
@@ -159,10 +165,14 @@ def _evaluate(
     further = {} if recipe.dev_metric == "loss" else _written_scores(base, attachment, with_prefix, seats, recipe)
     for learner, loss in losses.items():
         if learner in with_prefix:
-            learner.learner.note({"dev_loss": loss, **further.get(learner, {})})
+            try:
+                learner.learner.note({"dev_loss": loss, **further.get(learner, {})})
+            except TrainingError as error:
+                problems[learner] = str(error)
         else:
             learner.base_loss = loss
         learner.module.train()
+    return problems
 
 
 def _dev_losses(
