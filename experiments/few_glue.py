@@ -29,7 +29,7 @@ from antefix.tasks.ranking import RankingTask
 
 import t_few  # isort: skip
 from smollm import READ, TRAINED, smollm  # isort: skip
-from units import ROOT, Unit, announce, finish  # isort: skip
+from units import ROOT, Unit, announce, finish, work_folder  # isort: skip
 
 RESULTS = ROOT / "results" / "few_glue"
 FORMAT = TextFormat(separator="")
@@ -116,7 +116,8 @@ def majority(folder: Path, name: str) -> float:
 
 def t_few_on(folder: Path, name: str) -> dict[str, Any]:
     base = smollm()
-    prefix = t_few.trained(base, data(folder, name, "train"), FORMAT, seed=0)
+    with work_folder("few_glue", name) as work:
+        prefix = t_few.trained(base, data(folder, name, "train"), FORMAT, seed=0, run_folder=work)
     test = data(folder, name, "val")
     with attached(base.model, prefix):
         taken = antefix.label(base, test)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,7 +42,7 @@ import t_few  # isort: skip
 from few_labels import CLASSES, kept_dev_loss, rates, sentiment  # isort: skip
 from smollm import READ, TRAINED, smollm  # isort: skip
 from umls import drawn  # isort: skip
-from units import ROOT, Unit, announce, best_rate, finish  # isort: skip
+from units import ROOT, Unit, announce, best_rate, finish, work_folder  # isort: skip
 
 RESULTS = ROOT / "results" / "few_shot"
 SEARCHED = ("p_tuning_v2", "prompt_tuning", "prefix_tuning", "bitfit", "lora", "full")
@@ -106,7 +105,7 @@ def with_choices(examples: Sequence[Example]) -> list[Example]:
 
 def trained(
     base: antefix.Base, train: Sequence[Example], dev: Sequence[Example], arm: str, rate: float | None, draw: int,
-    epochs: float,
+    epochs: float, run_folder: Path | None = None,
 ) -> antefix.Prefix:  # fmt: skip
     """By labels' words."""
     training = TrainingRecipe(
@@ -116,7 +115,7 @@ def trained(
     config = {"seed": draw} if arm in BLACK_BOX else {}
     return antefix.train(
         base, train, dev=dev, method=arm, task="classification", words=WORDS, text_format=FORMAT, training=training,
-        **config,
+        run_folder=run_folder, **config,
     )  # fmt: skip
 
 
@@ -130,13 +129,12 @@ def final(folder: Path, arm: str, rate: float | None, draw: int) -> dict[str, An
     """Train, and label the test sentences."""
     base = smollm()
     train, dev, test = data(folder, draw)
-    started = time.perf_counter()
-    if arm == RANKED:
-        test = with_choices(test)
-        prefix = t_few.trained(base, with_choices(train), FORMAT, seed=draw)
-    else:
-        prefix = trained(base, train, dev, arm, rate, draw, EPOCHS)
-    trained_at = time.perf_counter()
+    with work_folder("few_shot", f"{arm}_{draw}") as work:
+        if arm == RANKED:
+            test = with_choices(test)
+            prefix = t_few.trained(base, with_choices(train), FORMAT, seed=draw, run_folder=work)
+        else:
+            prefix = trained(base, train, dev, arm, rate, draw, EPOCHS, work)
     with attached(base.model, prefix):
         labels = antefix.label(base, test)
     found: dict[str, Any] = {
@@ -148,7 +146,7 @@ def final(folder: Path, arm: str, rate: float | None, draw: int) -> dict[str, An
         "stored_values": prefix.num_values,
         "steps": prefix.card.training["steps"],
         "kept_step": prefix.card.training["kept_step"],
-        "seconds_of_training": round(trained_at - started, 1),
+        "seconds_of_training": prefix.card.training["seconds"],
     }
     if arm in BLACK_BOX:  # a step is a generation
         found["forward_calls"] = prefix.card.training["steps"] * POPULATION

@@ -7,6 +7,7 @@ is kept. T-Few starts from vectors that were trained on many tasks; these start 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import antefix
 from antefix.data.example import Example
@@ -17,12 +18,15 @@ STEPS, EXAMPLES_A_STEP = 1000, 8
 """As in the paper, for all of its tasks."""
 
 
-def trained(base: antefix.Base, examples: Sequence[Example], text_format: TextFormat, *, seed: int) -> antefix.Prefix:
-    """On examples with choices."""
+def trained(
+    base: antefix.Base, examples: Sequence[Example], text_format: TextFormat, *, seed: int, run_folder: Path
+) -> antefix.Prefix:
+    """On examples with choices; checkpoints go to `run_folder`."""
     training = TrainingRecipe(
         max_steps=STEPS, pairs_per_step=EXAMPLES_A_STEP, optimiser="adafactor", learning_rate=3e-3,
         warmup_steps=round(0.06 * STEPS), evaluations=0, seed=seed,
     )  # fmt: skip
     return antefix.train(
-        base, examples, dev=(), method="ia3", task="ranking", text_format=text_format, training=training
-    )
+        base, examples, dev=(), method="ia3", task="ranking", text_format=text_format, training=training,
+        run_folder=run_folder,
+    )  # fmt: skip

@@ -1,15 +1,18 @@
 """Long experiments in small units: each finished unit is a JSON file, and the next start goes on from those.
 
-The estimate of the whole is printed first. Interrupt it when you like: a unit that was not finished is done again.
+The estimate of the whole is printed first. Interrupt it when you like: a unit that was not finished is done again, from
+its last checkpoint where it trains in a `work_folder`. A unit's `seconds` are those since it was last started.
 Start the same command twice (`OMP_NUM_THREADS=1` for each) and both share the units.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,14 @@ def finish(folder: Path, units: Mapping[str, Unit]) -> dict[str, dict[str, Any]]
         if not sum(_done_here(folder, name, units[name]) for name in missing):
             time.sleep(_PATIENCE)
     return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in units}
+
+
+@contextmanager
+def work_folder(experiment: str, name: str) -> Iterator[Path]:
+    """For the checkpoints of one unit; gone when its work is done, kept when it is interrupted."""
+    folder = ROOT / "experiments" / "work" / experiment / name
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def best_rate(
