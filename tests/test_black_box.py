@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DECODER_ONLY, tiny_base
+import transformers
+from conftest import DECODER_ONLY, VOCABULARY, tiny_base, tiny_tokenizer
 from pydantic import ValidationError
 from torch import Tensor
 
 import antefix
 from antefix.attach import attached
 from antefix.base import Base
-from antefix.batches.labelled import hinge_losses, labelled_batch, labelled_losses
+from antefix.batches.labelled import hinge_losses, label_scores, labelled_batch, labelled_losses
 from antefix.data.encode import Limits
 from antefix.data.linearise import TextFormat
 from antefix.data.plan import all_units
 from antefix.errors import TrainingError
-from antefix.hidden_states import last_hidden_states
 from antefix.hooks import while_hooked
+from antefix.labels import scores_each
 from antefix.methods import method_class
 from antefix.methods.bbt_v2 import _spread
 from antefix.metrics import score
@@ -31,6 +32,7 @@ from antefix.parts.word_head import WordHead
 from antefix.prefix import Prefix
 from antefix.sites import find_sites
 from antefix.tasks import LabelTask
+from antefix.training import black_box
 from antefix.training.black_box import GENERATIONS_FILE, Candidate
 from antefix.training.prepared import Prepared, prepare
 from antefix.training.recipe import TrainingRecipe
@@ -50,14 +52,15 @@ def ready(method: str = "bbt", name: str = "llama", seed: int = 0, **black_box: 
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
 @pytest.mark.parametrize("method", ["bbt", "bbt_v2"])
-def test_the_projection_has_the_papers_spread(method: str) -> None:
-    base = tiny_base("gpt2")
+def test_the_projection_has_the_papers_spread(method: str, name: str) -> None:
+    base = tiny_base(name)
     found = method_class(method)
     config = found.Config.model_validate({"num_virtual_tokens": 50, "dimensions": 80, "alpha": 2.0, "step_size": 0.5})
     module = found.build(base, config)
     drawn = module.projection if method == "bbt" else module.get_buffer("projection_0")
-    embeddings = base.model.get_input_embeddings().weight
+    embeddings = base.model.get_input_embeddings()(torch.arange(VOCABULARY))  # Gemma 3 scales what its table holds
     wanted = 2.0 * float(embeddings.std()) / (80**0.5 * 0.5)
     assert float(drawn.std()) == pytest.approx(wanted, rel=0.02)
     moved = drawn @ (0.5 * torch.randn(80))
@@ -69,17 +72,40 @@ def test_a_layers_projection_follows_its_states() -> None:
     found = method_class("bbt_v2")
     module = found.build(base, found.Config.model_validate({"num_virtual_tokens": 40, "dimensions": 50}))
     spreads = [float(module.get_buffer(f"projection_{n}").std()) for n in range(3)]
+    with torch.no_grad():
+        states = base.model(inputs_embeds=module.first_rows[None], output_hidden_states=True).hidden_states
+    given = [_spread(states[n].flatten()) for n in (1, 2)]
+    alpha, sigma = 0.2, 0.2
+    assert spreads[1:] == pytest.approx([alpha * s / (50**0.5 * sigma) for s in given], rel=0.02)
     assert spreads[0] < spreads[1] < spreads[2], "states grow from layer to layer here"
     assert [len(p) for p in module.searched()] == [50, 50, 50]
 
 
-@pytest.mark.parametrize("name", DECODER_ONLY)
+def granite() -> Base:
+    """Its logits are an eighth of what its output head gives."""
+    config = transformers.GraniteConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, logits_scaling=8.0,
+    )  # fmt: skip
+    model = transformers.GraniteForCausalLM(config).eval().requires_grad_(False)
+    return Base(model, tiny_tokenizer(), "tiny-granite")
+
+
+@pytest.mark.parametrize("name", [*DECODER_ONLY, "granite"])
 def test_a_words_score_is_its_logit(name: str) -> None:
-    base = tiny_base(name)
-    ids = torch.randint(3, 200, (2, 6), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        scores = WordHead(base.model, [7, 200, 31])(last_hidden_states(base.model, {"input_ids": ids})[:, -1])
-        torch.testing.assert_close(scores, base.model(ids).logits[:, -1, [7, 200, 31]], rtol=1e-4, atol=1e-4)
+    base = granite() if name == "granite" else tiny_base(name)
+    module = method_class("bitfit").build(base, method_class("bitfit").Config())
+    module.head = WordHead(base.model, [7, 200, 31])
+    task = LabelTask(name="classification", labels=("a", "b", "c"), word_ids=(7, 200, 31))
+    rows = [antefix.Example(source="a cat", targets=("a",)), antefix.Example(source="one elk too", targets=("c",))]
+    encoded = task.encode(rows, TextFormat(), base.tokenizer, Limits(context=None), for_encoder=False)
+    batch = labelled_batch(encoded, all_units(encoded), base.model)
+    with torch.no_grad(), attached(base.model, module):
+        wanted = torch.stack([base.model(torch.tensor([e.source])).logits[0, -1] for e in encoded.examples])
+        scores = label_scores(base.model, module.head, batch)
+        answered = {n: s for n, _, s in scores_each(base, rows, task=task)}
+    for found in (scores, torch.cat([answered[n] for n in range(len(rows))])):
+        torch.testing.assert_close(found, wanted[:, [7, 200, 31]], rtol=1e-4, atol=1e-4)
 
 
 def test_hinge_by_hand() -> None:
@@ -107,6 +133,34 @@ def test_a_population_in_one_batch_is_one_candidate_after_another(method: str, l
     assert one.tensors.keys() == together.tensors.keys()
     for name, tensor in one.tensors.items():
         torch.testing.assert_close(tensor, together.tensors[name], rtol=1e-3, atol=1e-4)
+
+
+def test_layers_take_turns_from_the_lowest_with_the_others_at_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of BBTv2 by hand: which layer is tried in a generation, and where the others stand meanwhile."""
+    seen: list[tuple[int, list[list[float]]]] = []
+
+    def watched(model: Any, module: Any, point: Any, values: Any, feed: Any, recipe: Any) -> list[float]:
+        points = module.searched()
+        turn = next(n for n, p in enumerate(points) if p is point)
+        seen.append((turn, [p.tolist() for p in points]))
+        losses = [float(np.square(np.asarray(v) - turn - 1).sum()) for v in values]
+        tried[turn] += list(zip(losses, [np.asarray(v) for v in values], strict=True))
+        return losses
+
+    monkeypatch.setattr(black_box, "_losses", watched)
+    prepared = ready("bbt_v2")
+    tried: list[list[tuple[float, Any]]] = [[] for _ in prepared.module.searched()]
+    best: list[list[list[float]]] = []
+
+    def note(report: Any) -> None:
+        best.append([min(t, key=lambda one: one[0])[1].tolist() if t else [0.0] * 9 for t in tried])
+
+    run(prepared, watch=note)
+    assert [turn for turn, _ in seen] == [0, 1, 2, 0, 1, 2]
+    for n, (_, points) in enumerate(seen):
+        wanted = best[n - 1] if n else [[0.0] * 9] * 3
+        for found, value in zip(points, wanted, strict=True):
+            assert found == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
 def test_candidates_in_one_batch_have_the_losses_of_each() -> None:

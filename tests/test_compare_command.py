@@ -150,6 +150,9 @@ def test_half_of_the_triples_to_tell_apart_are_false(folder: Path) -> None:
     plan = compare.plan_of([made], [0], "graph/train.tsv", None, folder / "out")
     told_apart = [e.targets for e in plan.test]
     assert told_apart.count(("false",)) == told_apart.count(("true",)) > 1
+    more = made.model_copy(update={"name": "more", "training": made.training.model_copy(update={"negatives": 9})})
+    with pytest.raises(TrainingError, match=r"differ in their data \(training.negatives\): make them equal"):
+        compare.plan_of([made, more], [0], "graph/train.tsv", None, folder / "out")
 
 
 def test_a_search_is_as_long_as_its_candidates(folder: Path) -> None:

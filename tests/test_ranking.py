@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import METHOD_CONFIGS, tiny_base, tiny_method
 from torch import Tensor
+from transformers.optimization import Adafactor
 from typer.testing import CliRunner
 
 import antefix
@@ -31,9 +32,11 @@ from antefix.metrics import score
 from antefix.prefix import Prefix
 from antefix.tasks import RankingTask
 from antefix.training.feed import feed_of
+from antefix.training.learner import _optimiser
 from antefix.training.objectives import RankingWeights, StepSize
 from antefix.training.ranking import ranking_loss
-from antefix.training.recipe import TrainingRecipe
+from antefix.training.recipe import TrainingRecipe, load_recipe
+from antefix.training.schedule import rate_at
 
 CHOICES = ("a long tail", "fins", "six legs or so")
 EXAMPLES = [
@@ -71,6 +74,23 @@ def test_the_losses_by_hand() -> None:
     assert loss_of(language_model=1, unlikelihood=1, length_normalised=1) == pytest.approx(
         loss_of(language_model=1) + loss_of(unlikelihood=1) + loss_of(length_normalised=1)
     )
+
+
+def test_the_recipe_is_t_fews() -> None:
+    """Adafactor at 3e-3 with steps scaled by a parameter's size, 1,000 steps of eight, 60 of them to warm up."""
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "t_few.toml")
+    training = recipe.training
+    assert (recipe.method, recipe.task, training.max_steps, training.pairs_per_step) == ("ia3", "ranking", 1000, 8)
+    weights = RankingWeights()
+    assert set(weights.model_dump().values()) == {1.0}, "losses count alike, and a choice by the mean of its tokens"
+    assert (training.ranking, training.evaluations, training.weight_decay) == (weights, 0, 0.0)
+    optimiser = _optimiser([{"params": [torch.nn.Parameter(torch.ones(3))]}], training)
+    (group,) = optimiser.param_groups
+    assert isinstance(optimiser, Adafactor)
+    assert (group["scale_parameter"], group["relative_step"]) == (True, False)
+    assert training.learning_rate is not None
+    rates = [rate_at(step, training.learning_rate, 1000, training) for step in (0, 59, 60, 530, 999)]
+    assert rates == pytest.approx([3e-3 / 60, 3e-3, 3e-3, 1.5e-3, 3e-3 / 940])
 
 
 def test_a_certain_wrong_token_is_a_finite_loss() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -131,6 +132,19 @@ class TestNegatives:
         assert with_one_negative([*GRAPH, false], true_triples(GRAPH), 0) == [*GRAPH, false]
         told_apart = with_one_negative(GRAPH, set(true_triples(GRAPH)), 0)
         assert [e.targets for e in told_apart[8:]] == [("false",)] * 8
+
+    def test_false_ones_to_test_with_have_another_head_or_another_tail(self) -> None:
+        true, known = GRAPH * 20, set(true_triples(GRAPH))
+        false = true_triples(replace(e, targets=()) for e in with_one_negative(true, known, 0)[len(true) :])
+        assert len(false) == len(true)
+        assert not known & set(false)
+        places = []
+        for one, other in zip(true_triples(true), false, strict=True):
+            (place,) = [n for n in range(3) if one[n] != other[n]]
+            places.append(place)
+            assert other[place] in {e for t in known for e in (t[0], t[2])}
+        assert set(places) == {0, 2}
+        assert abs(places.count(0) - len(places) / 2) < 25
 
     def test_an_epoch_of_training_sees_one_draw(self) -> None:
         prepared = prepared_for(tiny_base("bert"), TrainingRecipe(epochs=2, pairs_per_step=8, negatives=1))

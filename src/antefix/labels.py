@@ -19,8 +19,9 @@ from antefix.choices import choose_each
 from antefix.data.example import Example, Source
 from antefix.data.linearise import TextFormat
 from antefix.errors import GenerationError
-from antefix.hidden_states import last_hidden_states
+from antefix.hidden_states import states_and_logits
 from antefix.methods.base import MethodModule
+from antefix.parts.word_head import Head
 from antefix.prefix import Prefix
 from antefix.sites import find_sites
 from antefix.tasks import LabelTask, RankingTask, Task
@@ -108,17 +109,27 @@ def scores_each(
     order = sorted(range(len(plain)), key=lambda n: -len(encoded[n][0]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
+        heads = [attachment.head_of(index[n]) for n in batch]
         with rows_of_batch(base.model, rows, batch):
-            states = _states(base, [encoded[n][0] for n in batch])
-        for place, n in enumerate(batch):
-            yield n, labelling[index[n]], attachment.head_of(index[n])(states[place, encoded[n][1]])
+            read = _read(base, heads, [encoded[n][0] for n in batch], [encoded[n][1] for n in batch])
+        for n, head, states_or_logits in zip(batch, heads, read, strict=True):
+            yield n, labelling[index[n]], head(states_or_logits)
 
 
-def _states(base: Base, ids: Sequence[list[int]]) -> Tensor:
-    """Last hidden states of texts, padded on the right: (B, T, C)."""
+def _read(base: Base, heads: Sequence[Head], ids: Sequence[list[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What each text's head is given, a row for each of its places; texts are padded on the right."""
     padded, mask = (x.to(base.model.device) for x in right_padded(ids, base.tokenizer.pad_token_id))
+    width = padded.shape[1]
+    of_words = [b * width + place for b, head in enumerate(heads) if head.reads_logits for place in places[b]]
     with told(base.model, source_lengths=torch.tensor([len(row) for row in ids])):
-        return last_hidden_states(base.model, {"input_ids": padded, "attention_mask": mask})
+        states, logits = states_and_logits(
+            base.model, {"input_ids": padded, "attention_mask": mask}, torch.tensor(of_words)
+        )
+    rows = iter(logits)
+    return [
+        torch.stack([next(rows) for _ in places[b]]) if head.reads_logits else states[b, places[b]]
+        for b, head in enumerate(heads)
+    ]
 
 
 def _refuse_long(ids: Sequence[Sequence[int]], rooms: Sequence[int | None]) -> None:

@@ -16,7 +16,7 @@ from antefix.attach import told
 from antefix.batches.batch import Batch, pad_id_of, right_padded
 from antefix.data.encode import Encoded
 from antefix.data.plan import Unit
-from antefix.hidden_states import last_hidden_states
+from antefix.hidden_states import states_and_logits
 from antefix.parts.word_head import Head
 
 
@@ -58,9 +58,10 @@ def hinge_losses(model: PreTrainedModel, head: Head, batch: Batch, margin: float
 def label_scores(model: PreTrainedModel, head: Head, batch: Batch) -> Tensor:
     """The head's scores at every label's place, (N, K)."""
     with told(model, source_lengths=batch.source_lengths, condition=batch.condition):
-        states_BTC = last_hidden_states(model, batch.inputs)
-    scores_NK: Tensor = head(states_BTC.flatten(0, 1)[batch.positions])[batch.row]
-    return scores_NK
+        places = batch.positions if head.reads_logits else batch.positions[:0]
+        states_BTC, logits_NV = states_and_logits(model, batch.inputs, places)
+    scores_NK: Tensor = head(logits_NV if head.reads_logits else states_BTC.flatten(0, 1)[batch.positions])
+    return scores_NK[batch.row]
 
 
 def of_pairs(losses_N: Tensor, batch: Batch) -> Tensor:

@@ -107,7 +107,7 @@ def _plan_facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "base": prepared.base.name,
         "method": prepared.method,
         "num_virtual_tokens": prepared.module.num_virtual_tokens,
-        "learning_rate": prepared.learning_rate,
+        **({} if prepared.module.is_searched else {"learning_rate": prepared.learning_rate}),
         "pairs": prepared.train_set.pairs_of_epoch,
         "dev_pairs": prepared.dev_set.num_pairs,
         "steps": prepared.num_steps,
@@ -115,13 +115,17 @@ def _plan_facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
 
 
 def _plan(prepared: Prepared) -> list[str]:
-    train_set, dev_set = prepared.train_set, prepared.dev_set
+    train_set, dev_set, training = prepared.train_set, prepared.dev_set, prepared.training
+    if prepared.module.is_searched:
+        pace = f"step size {prepared.module.step_size:g}"
+        length = f"{prepared.num_steps:,} generations of {training.black_box.population} candidates"
+    else:
+        pace = f"learning rate {prepared.learning_rate:g}"
+        length = f"{prepared.num_steps:,} steps of {training.pairs_per_step} pairs"
     lines = [
-        f"base {prepared.base.name}, method {prepared.method}, {prepared.module.num_virtual_tokens} slots, "
-        f"learning rate {prepared.learning_rate:g}",
+        f"base {prepared.base.name}, method {prepared.method}, {prepared.module.num_virtual_tokens} slots, {pace}",
         f"data {train_set.pairs_of_epoch:,} pairs of {len(train_set.of_epoch(0)):,} sources; "
-        f"dev {dev_set.num_pairs:,} pairs of {len(dev_set.examples):,}; "
-        f"{prepared.num_steps:,} steps of {prepared.training.pairs_per_step} pairs",
+        f"dev {dev_set.num_pairs:,} pairs of {len(dev_set.examples):,}; {length}",
     ]
     for encoded, name in ((train_set, "training"), (dev_set, "dev")):
         for count, what in ((encoded.truncated_sources, "sources"), (encoded.truncated_targets, "targets")):

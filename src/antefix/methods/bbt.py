@@ -86,9 +86,8 @@ class Bbt(SoftRows):
 
     def _draw(self, base: Base) -> None:
         """The fixed rows and the projection."""
-        weights: Tensor = base.model.get_input_embeddings().weight  # type: ignore[assignment]
         self.first_rows = first_rows(base, self.config.num_virtual_tokens, self.config)
-        self.projection = projection(self.first_rows.numel(), float(weights.float().std()), self.config)
+        self.projection = projection(self.first_rows.numel(), embedding_spread(base), self.config)
 
     @classmethod
     def encoder_shapes(cls, sites: Sites, config: Any) -> dict[str, tuple[int, ...]]:
@@ -108,6 +107,13 @@ class Bbt(SoftRows):
         if self.projection is None:  # a kept one
             return super()._rows()
         return self.first_rows + (self.projection @ self._tensors.named(_POINT)).view(self.first_rows.shape)
+
+
+def embedding_spread(base: Base) -> float:
+    """The standard deviation of word embeddings as the first layer gets them: Gemma 3 scales what its table holds."""
+    embeddings = base.model.get_input_embeddings()
+    weights: Tensor = embeddings.weight  # type: ignore[assignment]
+    return float(weights.float().std()) * float(getattr(embeddings, "embed_scale", 1.0))
 
 
 def projection(size: int, spread: float, config: Any) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from antefix.base import Base
-from antefix.methods.bbt import Bbt, BbtConfig, projection
+from antefix.methods.bbt import Bbt, BbtConfig, embedding_spread, projection
 from antefix.methods.prompt_tuning import first_tokens
 from antefix.methods.soft_rows import ROWS
 from antefix.parts.site_tensors import as_kept
@@ -65,10 +65,9 @@ class BbtV2(Bbt):
         ids = first_tokens(base, self.config.num_virtual_tokens, self.config).to(base.model.device)
         states: Tensor = first_states(base.model, ids)
         self.first_rows = states[0].float().cpu()
-        weights: Tensor = base.model.get_input_embeddings().weight  # type: ignore[assignment]
         inputs = layer_inputs(base.model, ids)
         for number, site in enumerate(self._chosen):
-            spread = float(weights.float().std()) if number == 0 else _spread(inputs[site.name].float().flatten())
+            spread = embedding_spread(base) if number == 0 else _spread(inputs[site.name].float().flatten())
             size = self.config.num_virtual_tokens * site.hidden_width
             self.register_buffer(f"projection_{number}", projection(size, spread, self.config), persistent=False)
 

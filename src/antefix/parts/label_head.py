@@ -6,7 +6,7 @@ Axes: N states, C width of hidden states, K labels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from antefix.parts.site_tensors import as_kept
 class LabelHead(nn.Module):
     """Scores of labels: x W^T + b. It starts at small random weights, as torch makes linear layers."""
 
+    reads_logits: ClassVar[bool] = False
+    """It is given last hidden states, not the base's logits."""
     NAMES = ("head.weight", "head.bias")
     """Its tensors in a file."""
 

@@ -2,12 +2,13 @@
 
 A label's score is the logit of its word, at the place where that word would be written. Nothing is learned here.
 
-Axes: N states, C width of hidden states, K labels.
+Axes: N places, V words of the base, K labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +19,20 @@ from antefix.parts.label_head import LabelHead
 
 
 class WordHead(nn.Module):
-    """The output head of a base, at a few words."""
+    """The logits of a base, at a few words."""
+
+    reads_logits: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel, word_ids: Sequence[int]) -> None:
-        """Raises PrefixError for a base without an output head that takes last hidden states."""
+        """Raises PrefixError for a base without an output head."""
         super().__init__()
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if not model.can_generate() or not isinstance(head, nn.Linear):
+        if not model.can_generate() or model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
             raise PrefixError("words for labels need a causal base with an output head: leave `words` out")
-        self._head = (head,)  # in a tuple: it is the base's, no part of this module
-        self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.register_buffer("word_ids", torch.tensor(list(word_ids)), persistent=False)
 
-    def forward(self, states_NC: Tensor) -> Tensor:
+    def forward(self, logits_NV: Tensor) -> Tensor:
         """(N, K), in float32."""
-        (head,) = self._head
-        word_ids = self.get_buffer("word_ids")
-        scores = states_NC.float() @ head.weight[word_ids].float().T
-        if head.bias is not None:
-            scores = scores + head.bias[word_ids].float()
-        return scores if self._cap is None else self._cap * torch.tanh(scores / self._cap)
+        return logits_NV[:, self.get_buffer("word_ids")].float()
 
     def kept(self) -> dict[str, Tensor]:
         """Nothing: the words stand in the card."""

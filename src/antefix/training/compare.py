@@ -170,15 +170,22 @@ def _check_work(one: Run) -> None:
 def _refuse_unequal(recipes: Sequence[Recipe]) -> None:
     """Raises TrainingError, naming the first two that differ, and in what."""
     first = recipes[0]
-    mine = first.data.model_dump(exclude={"text"})
+    mine = _learned_from(first)
     for other in recipes[1:]:
-        which = [f"data.{key}" for key, value in other.data.model_dump(exclude={"text"}).items() if value != mine[key]]
+        which = [key for key, value in _learned_from(other).items() if value != mine[key]]
         budgets = [f"{number:g} {what}" for what, number in map(_budget, (first, other))]
         what = f"data ({', '.join(which)})" if which else f"budget ({' and '.join(budgets)})"
         if which or budgets[0] != budgets[1]:
             raise TrainingError(
                 f"'{first.name}' and '{other.name}' differ in their {what}: make them equal, or say --unequal"
             )
+
+
+def _learned_from(recipe: Recipe) -> dict[str, Any]:
+    found = {f"data.{key}": value for key, value in recipe.data.model_dump(exclude={"text"}).items()}
+    if recipe.task == "triples":  # an epoch has as many false ones as this says
+        found["training.negatives"] = recipe.training.negatives
+    return found
 
 
 def _budget(recipe: Recipe) -> tuple[str, float]:

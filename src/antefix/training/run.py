@@ -234,7 +234,7 @@ def card_of(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence
             "stopped_early": progress.stopped_early,
             "seconds": round(progress.seconds, 1),
             "batch_form": outcome.form,
-            "learning_rate": prepared.learning_rate,
+            **({} if prepared.module.is_searched else {"learning_rate": prepared.learning_rate}),
             **training.model_dump(mode="json", exclude={"learning_rate", "trackers", "checkpoint_seconds"}),
             "versions": {name: version(name) for name in ("antefix", "torch", "transformers")},
             "python": platform.python_version(),
