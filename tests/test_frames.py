@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from antefix.data.frames import Node, brackets, ending, parse
 from antefix.errors import DataError
 from antefix.frame_decoding import OnlyFrames
 from antefix.metrics import score
+from antefix.training.prepared import recipe_examples
+from antefix.training.recipe import Recipe
 
 FRAME = "[IN:GET_WEATHER will it rain [SL:LOCATION in [IN:GET_LOCATION boston ] ] now ]"
 
@@ -139,6 +143,15 @@ class TestSamplesOfEveryLabel:
         small, large = (sample_frames(self.EXAMPLES, n, seed=3) for n in (1, 4))
         assert len(small) < len(large) < len(self.EXAMPLES)
         assert large[: len(small)] == small
+
+    def test_a_recipe_draws_them(self, tmp_path: Path) -> None:
+        rows = [{"source": str(e.source), "target": t} for e in self.EXAMPLES for t in e.targets]
+        (tmp_path / "top.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        data = {"train": str(tmp_path / "top.jsonl"), "dev": str(tmp_path / "top.jsonl"), "samples_per_label": 2}
+        recipe = Recipe.model_validate({"name": "few", "data": data, "training": {"seed": 3}})
+        train, dev = recipe_examples(recipe)
+        assert [e.source for e in train] == [e.source for e in sample_frames(self.EXAMPLES, 2, seed=3)]
+        assert len(dev) == len(self.EXAMPLES)
 
     def test_the_seed_decides(self) -> None:
         assert sample_frames(self.EXAMPLES, 2, seed=3) == sample_frames(self.EXAMPLES, 2, seed=3)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from antefix.base import Base, load_base
-from antefix.data import read, sample_pairs, split_examples
+from antefix.data import read, sample_frames, sample_pairs, split_examples
 from antefix.data.encode import Encoded, encode, where_of
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat, default_format
@@ -79,6 +79,8 @@ def recipe_examples(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example
         train_examples, dev_examples = split_examples(train_examples, data.dev_fraction, recipe.training.seed)
     else:
         dev_examples = read(data.dev, format=data.format, **data.reader)
+    if data.samples_per_label is not None:
+        train_examples = sample_frames(train_examples, data.samples_per_label, recipe.training.seed)
     if data.pairs is not None:
         train_examples = sample_pairs(train_examples, data.pairs, recipe.training.seed)
     if data.dev_pairs is not None and data.dev_pairs < sum(len(e.targets) for e in dev_examples):

@@ -44,6 +44,8 @@ class DataRecipe(_Section):
     """The reader's name; None: found by looking."""
     reader: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the reader: `target_column = "text"` and the like."""
+    samples_per_label: int | None = Field(None, ge=1)
+    """Of frames (parsing from few rows): draw so many training rows of every intent and slot, with the seed (SPIS)."""
     pairs: int | None = Field(None, ge=1)
     """Take this many source/target pairs: sources with all their targets, drawn with the seed, the last one cut to fit;
     more than there are is an error."""

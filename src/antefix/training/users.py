@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from antefix.data.example import Example
 from antefix.data.groups import Groups, Values, read_groups
-from antefix.data.sample import sample_pairs, split_examples
+from antefix.data.sample import sample_frames, sample_pairs, split_examples
 from antefix.digest import digest
 from antefix.errors import TrainingError
 from antefix.training.recipe import Recipe
@@ -130,6 +130,8 @@ def _user(
         train, held_out = split_examples(examples, data.dev_fraction, seed)
     else:
         train, held_out = list(examples), []
+    if data.samples_per_label is not None:
+        train = sample_frames(train, data.samples_per_label, seed)
     return User(
         name=name,
         by=_named(by, values),
