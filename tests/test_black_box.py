@@ -323,8 +323,7 @@ def test_an_interrupted_search_ends_with_the_same_bits(method: str, tmp_path: Pa
         run(ready(method, seed=3), tmp_path / "parts")
 
 
-def test_an_encoder_is_searched_too() -> None:
-    base: Base = tiny_base("llama")
+def test_texts_are_searched_for_too() -> None:
     examples = [antefix.Example(source=f"text {n}", targets=(f"word {n % 2}",)) for n in range(6)]
     training = TrainingRecipe(evaluations=1, black_box={"candidates": 20, "population": 5})
     for name in ("bart", "gpt2"):  # texts, in an encoder-decoder and packed

@@ -188,7 +188,7 @@ def _losses_together(
             attachment.rows = index
             batch = feed.batch([unit for _, unit in part])
             totals.index_add_(0, torch.tensor(index), _pair_losses(batch, feed, recipe).double().cpu())
-    return [float(total) / feed.dev_count for total in totals]
+    return [float(total) / feed.loss_count for total in totals]
 
 
 def _pair_losses(batch: Batch, feed: Feed, recipe: TrainingRecipe) -> Tensor:

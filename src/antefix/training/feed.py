@@ -64,15 +64,15 @@ class Feed:
         return reduce_losses(self.losses(batch, recipe.label_smoothing), size, recipe.loss_reduction)
 
     def row_losses(self, batch: Batch) -> Tensor:
-        """What each pair, or each example with choices, adds to the dev loss, before it is divided by `dev_count`."""
+        """What each pair, or each example with choices, adds to the mean loss of the data, before it is divided by `loss_count`."""
         if batch.choices is None:
             return self.losses(batch)
         scores_EK = choice_scores(label_losses(self.model, batch), batch.pair, batch.choices, self.length_norm)
         return torch.nn.functional.cross_entropy(scores_EK.double(), batch.choices.right_E, reduction="none")
 
     @property
-    def dev_count(self) -> int:
-        """What the dev loss is a mean over: target tokens, labels, or examples with choices."""
+    def loss_count(self) -> int:
+        """What the mean loss of the data is a mean over: target tokens, labels, or examples with choices."""
         if self.data.are_choices:
             return self.data.num_pairs
         return sum(len(target) for example in self.data.examples for target in example.targets)

@@ -237,7 +237,7 @@ def dev_loss(feed: Feed) -> float:
     total = 0.0
     for part in shared(feed.parts(all_units(feed.data))):
         total += float(feed.row_losses(feed.batch(part)).double().sum())
-    return sum(gathered(total)) / feed.dev_count
+    return sum(gathered(total)) / feed.loss_count
 
 
 def evaluate(
