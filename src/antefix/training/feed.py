@@ -64,7 +64,7 @@ class Feed:
         return reduce_losses(self.losses(batch, recipe.label_smoothing), size, recipe.loss_reduction)
 
     def row_losses(self, batch: Batch) -> Tensor:
-        """What each pair, or each example with choices, adds to the mean loss of the data, before it is divided by `loss_count`."""
+        """What each pair, or each example with choices, adds to the mean loss, before it is divided by `loss_count`."""
         if batch.choices is None:
             return self.losses(batch)
         scores_EK = choice_scores(label_losses(self.model, batch), batch.pair, batch.choices, self.length_norm)
