@@ -4,7 +4,7 @@
 
 SmolLM2-135M in float32, one seed, one way to ask for each task, T-Few's 1,000 steps of eight examples. The test sets
 are the validation sets of SuperGLUE (100, 56 and 277 examples), whose own test labels are hidden; the 32 dev examples
-are not used, since T-Few tunes nothing. Writes `results/few_glue/`; minutes on an accelerator, four hours on two cores
+are not used, since T-Few tunes nothing. Writes `results/few_glue/`; minutes on an accelerator, an hour and a half on two cores
 (two processes with one thread each).
 """
 
@@ -28,7 +28,7 @@ from antefix.metrics import score
 from antefix.tasks.ranking import RankingTask
 
 import t_few  # isort: skip
-from smollm import READ, TRAINED, smollm  # isort: skip
+from smollm import READ, smollm  # isort: skip
 from units import ROOT, Unit, announce, finish, work_folder  # isort: skip
 
 RESULTS = ROOT / "results" / "few_glue"
@@ -83,7 +83,7 @@ def main() -> None:
     units = {}
     for name, task in TASKS.items():
         tested = task.tested * task.tokens / READ
-        seconds = t_few.STEPS * t_few.EXAMPLES_A_STEP * task.tokens / TRAINED + tested
+        seconds = t_few.STEPS * t_few.EXAMPLES_A_STEP * task.tokens / t_few.TRAINED + tested
         units[f"t_few_{name}"] = Unit(partial(t_few_on, folder, name), seconds)
         units[f"untrained_{name}"] = Unit(partial(untrained_on, folder, name), tested)
     announce(RESULTS / "units", units)

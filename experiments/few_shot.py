@@ -85,7 +85,7 @@ def main() -> None:
 def seconds(arm: str, epochs: float) -> float:
     """Of training, for the estimate."""
     if arm == RANKED:
-        return t_few.STEPS * t_few.EXAMPLES_A_STEP * (TRAIN_TOKENS + 2 * len(WORDS)) / TRAINED
+        return t_few.STEPS * t_few.EXAMPLES_A_STEP * (TRAIN_TOKENS + 2 * len(WORDS)) / t_few.TRAINED
     sentences = len(CLASSES) * 16
     evaluated = EVALUATIONS * sentences * TEST_TOKENS / READ
     if arm in BLACK_BOX:

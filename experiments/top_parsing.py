@@ -12,7 +12,7 @@ the share of well-formed frames of greedy texts; and the same where only frames 
 written are those of the new tokens, where there are some, else any. A frame that has no other label, no space too many
 and at most half of the tokens there are is not written again for that: every token of it was the likeliest that fits.
 
-Writes `results/top_parsing/`; minutes on an accelerator, three and a half hours on two cores (two
+Writes `results/top_parsing/`; minutes on an accelerator, three hours on two cores (two
 processes with one thread each).
 """
 
@@ -194,7 +194,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     """Exact match and well-formed frames of texts as they come, by training rows."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     for place, (name, title) in enumerate((("accuracy", "exact match"), ("well_formed", "well-formed"))):
         axes = figure.add_subplot(1, 2, place + 1)
         for arm in ARMS:
@@ -204,8 +204,9 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlabel("training rows")
         axes.set_ylabel(f"{title}, of {TEST} utterances")
+        axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
