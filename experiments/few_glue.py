@@ -4,8 +4,8 @@
 
 SmolLM2-135M in float32, one seed, one way to ask for each task, T-Few's 1,000 steps of eight examples. The test sets
 are the validation sets of SuperGLUE (100, 56 and 277 examples), whose own test labels are hidden; the 32 dev examples
-are not used, since T-Few tunes nothing. Writes `results/few_glue/`; minutes on an accelerator, an hour and a half on two cores
-(two processes with one thread each).
+are not used, since T-Few tunes nothing. Writes `results/few_glue/`; minutes on an accelerator, an hour and a half
+on two cores (two processes with one thread each).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from antefix.training.recipe import TrainingRecipe
 STEPS, EXAMPLES_A_STEP = 1000, 8
 """As in the paper, for all of its tasks."""
 TRAINED = 170.0
-"""Tokens a second, for estimates: SmolLM2-135M on one core; batches of choices are larger than others (see `smollm`)."""
+"""Tokens a second, for estimates: SmolLM2-135M on one core. Batches of choices are larger than others."""
 
 
 def trained(
