@@ -19,8 +19,8 @@ from antefix.data.encode import Limits
 from antefix.data.example import Words
 from antefix.data.linearise import TextFormat
 from antefix.errors import DataError, GenerationError, PrefixError, PrefixFileError, TrainingError
-from antefix.hidden_states import last_hidden_states
-from antefix.labels import label
+from antefix.hidden_states import states_and_logits
+from antefix.labels import label, scores_each
 from antefix.metrics import score
 from antefix.metrics.span_f1 import spans
 from antefix.prefix import Prefix
@@ -102,13 +102,16 @@ def test_what_pools_is_not_trained(method: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*DECODER_ONLY, *ENCODER_ONLY])
-def test_states_are_those_of_the_whole_model(name: str) -> None:
+def test_states_and_logits_are_those_of_the_whole_model(name: str) -> None:
     base = tiny_base(name)
     ids = torch.randint(3, 200, (2, 6), generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([] if name in ENCODER_ONLY else [11, 0, 7], dtype=torch.long)
     with torch.no_grad():
-        found = last_hidden_states(base.model, {"input_ids": ids})
-        wanted = base.model(ids, output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(found, wanted)
+        states, logits = states_and_logits(base.model, {"input_ids": ids}, places)
+        wanted = base.model(ids, output_hidden_states=True)
+    torch.testing.assert_close(states, wanted.hidden_states[-1])
+    if len(places):
+        torch.testing.assert_close(logits, wanted.logits.flatten(0, 1)[places])
 
 
 def test_places_are_first_tokens_in_encoders_and_last_ones_in_decoders() -> None:
@@ -279,12 +282,12 @@ def test_labels_can_be_words_of_the_base(name: str, tmp_path: Path) -> None:
     assert not any(name.startswith("head") for name in prefix.tensors)
     with attached(base.model, prefix), torch.no_grad():
         found = label(base, ANIMALS)
-        text = torch.tensor([base.tokenizer("a cat")["input_ids"]])
-        logits = base.model(text).logits[0, -1, list(ids)]
-        states = last_hidden_states(base.model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
-        head = prefix.module(base.model).head
-        assert head is not None
-        torch.testing.assert_close(head(states[0, -1:])[0], logits, rtol=1e-4, atol=1e-4)
+        encode = prefix.card.task.encoder(
+            TextFormat.from_dict(prefix.card.text_format), base.tokenizer, for_encoder=False
+        )
+        logits = base.model(torch.tensor([encode("a cat")[0]])).logits[0, -1, list(ids)]
+        ((_, _, scores),) = scores_each(base, ["a cat"])
+        torch.testing.assert_close(scores[0], logits, rtol=1e-4, atol=1e-4)
     assert score([e.targets for e in ANIMALS], found, ["accuracy"])["accuracy"] == 1.0
 
 
