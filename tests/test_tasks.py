@@ -105,13 +105,12 @@ def test_what_pools_is_not_trained(method: str) -> None:
 def test_states_and_logits_are_those_of_the_whole_model(name: str) -> None:
     base = tiny_base(name)
     ids = torch.randint(3, 200, (2, 6), generator=torch.Generator().manual_seed(0))
-    places = torch.tensor([] if name in ENCODER_ONLY else [11, 0, 7], dtype=torch.long)
     with torch.no_grad():
-        states, logits = states_and_logits(base.model, {"input_ids": ids}, places)
+        states, logits = states_and_logits(base.model, {"input_ids": ids}, torch.tensor([5, 2]))
         wanted = base.model(ids, output_hidden_states=True)
     torch.testing.assert_close(states, wanted.hidden_states[-1])
-    if len(places):
-        torch.testing.assert_close(logits, wanted.logits.flatten(0, 1)[places])
+    if name in DECODER_ONLY:
+        torch.testing.assert_close(logits, wanted.logits[[0, 1], [5, 2]])
 
 
 def test_places_are_first_tokens_in_encoders_and_last_ones_in_decoders() -> None:
@@ -289,6 +288,24 @@ def test_labels_can_be_words_of_the_base(name: str, tmp_path: Path) -> None:
         ((_, _, scores),) = scores_each(base, ["a cat"])
         torch.testing.assert_close(scores[0], logits, rtol=1e-4, atol=1e-4)
     assert score([e.targets for e in ANIMALS], found, ["accuracy"])["accuracy"] == 1.0
+
+
+def test_rows_with_words_or_heads_and_unlike_new_tokens_share_a_batch() -> None:
+    base, home = tiny_base("llama"), {"pet": "home", "wild": "out"}
+    training = TrainingRecipe(max_steps=2, evaluations=1)
+    prefixes = [
+        antefix.train(base, ANIMALS, task="classification", method="prefix_tuning+special_tokens", training=training,
+                      words=words, special_tokens={"tokens": tokens})
+        for words, tokens in ((home, ["ab"]), (None, ["ca", "th"]), (home, ["e "]))
+    ]  # fmt: skip
+    alone = []
+    for n, prefix in enumerate(prefixes):
+        with attached(base.model, prefix):
+            alone += [scores for _, _, scores in scores_each(base, [ANIMALS[n].source])]
+    with attached(base.model, *prefixes, rows=[0, 1, 2]):
+        together = {n: scores for n, _, scores in scores_each(base, [e.source for e in ANIMALS[:3]])}
+    for n, scores in enumerate(alone):
+        torch.testing.assert_close(together[n], scores, rtol=1e-4, atol=1e-4)
 
 
 def test_words_that_cannot_stand_for_labels_are_told() -> None:

@@ -119,17 +119,11 @@ def scores_each(
 def _read(base: Base, heads: Sequence[Head], ids: Sequence[list[int]], places: Sequence[Sequence[int]]) -> list[Tensor]:
     """What each text's head is given, a row for each of its places; texts are padded on the right."""
     padded, mask = (x.to(base.model.device) for x in right_padded(ids, base.tokenizer.pad_token_id))
-    width = padded.shape[1]
-    of_words = [b * width + place for b, head in enumerate(heads) if head.reads_logits for place in places[b]]
+    # What has words for its labels has one place.
+    place_B = torch.tensor([places[b][0] if head.reads_logits else 0 for b, head in enumerate(heads)])
     with told(base.model, source_lengths=torch.tensor([len(row) for row in ids])):
-        states, logits = states_and_logits(
-            base.model, {"input_ids": padded, "attention_mask": mask}, torch.tensor(of_words)
-        )
-    rows = iter(logits)
-    return [
-        torch.stack([next(rows) for _ in places[b]]) if head.reads_logits else states[b, places[b]]
-        for b, head in enumerate(heads)
-    ]
+        states, logits = states_and_logits(base.model, {"input_ids": padded, "attention_mask": mask}, place_B)
+    return [logits[b : b + 1] if head.reads_logits else states[b, places[b]] for b, head in enumerate(heads)]
 
 
 def _refuse_long(ids: Sequence[Sequence[int]], rooms: Sequence[int | None]) -> None:

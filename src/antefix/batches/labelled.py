@@ -57,10 +57,12 @@ def hinge_losses(model: PreTrainedModel, head: Head, batch: Batch, margin: float
 
 def label_scores(model: PreTrainedModel, head: Head, batch: Batch) -> Tensor:
     """The head's scores at every label's place, (N, K)."""
+    num_rows, width = batch.inputs["input_ids"].shape
+    # What has words for its labels has one place a row.
+    place_B = batch.positions % width if head.reads_logits else torch.zeros(num_rows, dtype=torch.long)
     with told(model, source_lengths=batch.source_lengths, condition=batch.condition):
-        places = batch.positions if head.reads_logits else batch.positions[:0]
-        states_BTC, logits_NV = states_and_logits(model, batch.inputs, places)
-    scores_NK: Tensor = head(logits_NV if head.reads_logits else states_BTC.flatten(0, 1)[batch.positions])
+        states_BTC, logits_BV = states_and_logits(model, batch.inputs, place_B)
+    scores_NK: Tensor = head(logits_BV if head.reads_logits else states_BTC.flatten(0, 1)[batch.positions])
     return scores_NK[batch.row]
 
 
