@@ -26,7 +26,7 @@ def states_and_logits(model: PreTrainedModel, inputs: dict[str, Any], place_B: T
     body = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[no-untyped-call]
     handles = [body.register_forward_hook(lambda module, args, output: kept.append(output[0]))]
     if head is not None:
-        rows_B = torch.arange(len(place_B))
+        rows_B = torch.arange(len(place_B), device=place_B.device)
         handles.append(head.register_forward_pre_hook(lambda module, args: (args[0][rows_B, place_B][:, None],)))
     with while_hooked(handles):
         output = model(**inputs)
