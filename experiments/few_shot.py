@@ -205,6 +205,7 @@ def summed(
             "mean": round(statistics.mean(accuracies), 4),
             "standard_deviation": round(statistics.stdev(accuracies), 4),
             "examples_seen": examples_seen(arm, units[0]),
+            "kept_steps": [u["kept_step"] for u in units],
             "seconds_of_training": [u["seconds_of_training"] for u in units],
             "machines": [u["made_with"].get("accelerator", u["made_with"]["processor"]) for u in units],
         }
@@ -227,7 +228,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     for place, arm in enumerate(ARMS):
         axes.scatter([place] * len(DRAWS), summary[arm]["accuracy"], s=18)
         axes.hlines(summary[arm]["mean"], place - 0.3, place + 0.3, colors="black", linewidth=1)
-    for name, line, label in (("majority", ":", "largest class"), ("untrained", "--", "the base as it is")):
+    for name, line, label in (
+        ("majority", ":", "largest class"), ("untrained", "--", "the base as it is"),
+        ("untrained_ranking", "-.", "the base as it is, by ranking"),
+    ):  # fmt: skip
         axes.axhline(summary[name]["mean"], color="grey", linestyle=line, label=label)
     axes.set_xticks(range(len(ARMS)), ARMS, rotation=30, ha="right")
     axes.set_ylabel(f"accuracy on {TEST} sentences")

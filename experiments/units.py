@@ -37,10 +37,10 @@ class Unit:
 
 
 def announce(folder: Path, units: Mapping[str, Unit]) -> None:
-    """Say how long all of it takes, and what of it is left."""
+    """Say how long all of it takes one core, and what of it is left."""
     missing = _missing(folder, units)
     in_all, left = (sum(units[n].expected_seconds for n in names) / 3600 for names in (units, missing))
-    print(f"{len(units)} units, about {in_all:.1f} h; {len(missing)} are left, about {left:.1f} h", flush=True)
+    print(f"{len(units)} units, about {in_all:.1f} h of one core; {len(missing)} left, {left:.1f} h", flush=True)
 
 
 def finish(folder: Path, units: Mapping[str, Unit]) -> dict[str, dict[str, Any]]:

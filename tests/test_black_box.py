@@ -123,7 +123,7 @@ def test_hinge_by_hand() -> None:
     rows = [antefix.Example(source="x", targets=("a",)), antefix.Example(source="y", targets=("c",))]
     encoded = task.encode(rows, TextFormat(), base.tokenizer, Limits(context=None), for_encoder=False)
     batch = labelled_batch(encoded, all_units(encoded), base.model)
-    assert hinge_losses(base.model, Fixed(), batch, 2.0).tolist() == [0.5, 5.0 + 3.5]
+    assert hinge_losses(base.model, Fixed(), batch, black_box.MARGIN).tolist() == [0.5, 5.0 + 3.5]
 
 
 @pytest.mark.parametrize("method", ["bbt", "bbt_v2"])

@@ -239,6 +239,7 @@ def test_decoding_that_makes_no_sense_is_refused(content: dict[str, object], mes
 def test_the_commands_mistakes_are_one_line(shop: Path) -> None:
     menus = str(shop / "menus.csv")
     assert "say where the texts go" in invoked(shop, "-i", menus)
+    assert "--output takes a file" in invoked(shop, "-i", menus, "-o", "-")
     assert "not both" in invoked(shop, "name: x", "-i", menus, "-o", "x.txt")
     assert "--output is for what a file's sources get: give the file with --input" in invoked(
         shop, "name: x", "-o", "x.txt"

@@ -47,6 +47,23 @@ def test_by_hand(name: str) -> None:
         torch.testing.assert_close(found, wide(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_row_reads_and_scores_its_own_new_tokens_alone() -> None:
+    """Of two prefixes with three and one; what a row does not have is as unlikely as can be."""
+    base, found = tiny_base("llama"), method_class("special_tokens")
+    three = tiny_method(base, "special_tokens")
+    one = found.build(base, found.Config.model_validate({"tokens": ["<only>"], "initial_noise": 8.0}))
+    rows = [torch.tensor([[5, WORDS, 9]]), torch.tensor([[7, WORDS + 2, WORDS]])]
+    alone = []
+    for module, ids in zip((one, three), rows, strict=True):
+        with attached(base.model, module), torch.no_grad():
+            alone.append(base.model(input_ids=ids).logits[0])
+    with attached(base.model, three, one, rows=[1, 0]), torch.no_grad():
+        mixed = base.model(input_ids=torch.cat(rows)).logits
+    torch.testing.assert_close(mixed[0, :, : WORDS + 1], alone[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed[1], alone[1], rtol=1e-4, atol=1e-4)
+    assert (mixed[0, :, WORDS + 1 :] == -torch.inf).all()
+
+
 def test_symbols_are_found_in_the_targets_trained_and_written() -> None:
     base = tiny_base("llama")
     before = [p.detach().clone() for p in base.model.parameters()]

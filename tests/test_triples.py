@@ -81,6 +81,13 @@ class TestRanks:
         assert len(asked) == len(set(asked)), "nothing is scored twice"
         assert link_ranks(likelihood, [("a", "r", "b")], ["a", "b", "c", "d"], set()) == [3, 1.5]
 
+    def test_what_other_sets_hold_is_known(self) -> None:
+        """The training set's own answer is likelier than the test set's, and no wrong one."""
+        score = {("a", "r", "b"): 0.5, ("a", "r", "c"): 0.9, ("b", "r", "b"): 0.1, ("c", "r", "b"): 0.2}
+        test, known = ([antefix.Example(source=Triples((triple,)))] for triple in (("a", "r", "b"), ("a", "r", "c")))
+        found = link_scores(lambda triples: [score.get(t, 0.0) for t in triples], test, known)
+        assert (found["mr"], found["hits_at_1"]) == (1, 1)
+
     def test_a_threshold_is_chosen_on_the_dev_set(self) -> None:
         truth = {"a": 0.2, "b": 0.15, "c": 0.1, "d": 0.05}
 
@@ -302,19 +309,21 @@ def test_a_graph_is_learned_by_heart(name: str, method: str, tmp_path: Path) -> 
 def test_rows_of_unlike_prefixes_read_prompts_of_their_own() -> None:
     base = tiny_base("bert")
     training = MEMORISED.model_copy(update={"max_steps": 3})
-    first, second = (
+    prefixes = [
         antefix.train(base, GRAPH, dev=GRAPH, method=method, task="triples", training=training, **config)
-        for method, config in (("palt", {"begin": 3, "middle": 0, "end": 0}), ("lora", {}))
-    )
+        for method, config in (
+            ("palt", {"begin": 3, "middle": 0, "end": 0}), ("lora", {}), ("palt", {"begin": 1, "middle": 0, "end": 1})
+        )
+    ]  # fmt: skip
     sources = [e.source for e in GRAPH[:4]]
     alone = []
-    for prefix in (first, second):
+    for prefix in prefixes:
         with attached(base.model, prefix):
             alone.append(likelihoods(base, EATS))
-    with attached(base.model, first, second, rows=[0, 1, 1, 0]):
+    with attached(base.model, *prefixes, rows=[0, 1, 2, 0]):
         mixed = likelihoods(base, EATS)
         assert len(antefix.label(base, sources)) == 4
-    wanted = [alone[0][0], alone[1][1], alone[1][2], alone[0][3]]
+    wanted = [alone[n][row] for row, n in enumerate((0, 1, 2, 0))]
     torch.testing.assert_close(torch.tensor(mixed), torch.tensor(wanted))
 
 

@@ -148,6 +148,8 @@ def _base(of_prefix: BaseRecord | None, given: str | None, dtype: Dtype, device:
 def _require_output(output: Path | None) -> Path:
     if output is None:
         raise CommandError("say where the texts go: --output texts.jsonl (or .txt, one text a line)")
+    if str(output) == "-":
+        raise CommandError("--output takes a file: an interrupted command goes on with what it holds")
     return output
 
 
