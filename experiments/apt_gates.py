@@ -30,15 +30,14 @@ from antefix.methods.apt import Apt, AptBranch, GateFrom
 from antefix.metrics import score
 from antefix.parts.key_value import KeyValue
 from antefix.sites import Site, find_sites
-from antefix.tasks import METRICS_OF
-from antefix.tasks.label import LabelTaskName
+from antefix.tasks import TASKS, TaskName
 from antefix.training.recipe import TrainingRecipe
 
 from few_labels import DEV, DRAWS, sentiment  # isort: skip
 from units import ROOT, Unit, announce, finish  # isort: skip
 
 RESULTS = ROOT / "results" / "apt_gates"
-ARMS: dict[str, tuple[LabelTaskName, GateFrom]] = {
+ARMS: dict[str, tuple[TaskName, GateFrom]] = {
     "names, gates from every token": ("tagging", "token"),
     "sentiment, gates from the first token": ("classification", "first"),
     "sentiment, gates from every token": ("classification", "token"),
@@ -92,7 +91,7 @@ def one(folders: Sequence[Path], name: str, seed: int) -> dict[str, Any]:
     of_sites = {name: tensor for name, tensor in prefix.tensors.items() if not name.startswith("head.")}
     watched = Watched.restore(find_sites(base.model), prefix.module(base.model).config, of_sites)
     with attached(base.model, prefix):
-        metric = METRICS_OF[task][0]
+        metric = TASKS[task].METRICS[0]
         found = score([e.targets for e in test], antefix.label(base, test), [metric])[metric]
     with attached(base.model, watched), torch.inference_mode():
         for example in test[:TEXTS]:
@@ -128,7 +127,7 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         units = [u for u in found.values() if u["arm"] == name]
         layers = [_all_gates(units, layer) for layer in range(len(units[0]["gate_of_layer_and_slot"]))]
         of_arms[name] = {
-            METRICS_OF[task][0]: [round(u[METRICS_OF[task][0]], 4) for u in units],
+            TASKS[task].METRICS[0]: [round(u[TASKS[task].METRICS[0]], 4) for u in units],
             "mean_gate_of_layer": [round(statistics.mean(gates), 3) for gates in layers],
             "least_and_greatest_gate_of_layer": [[round(min(gates), 3), round(max(gates), 3)] for gates in layers],
         }

@@ -21,7 +21,7 @@ from antefix.attach import attached
 from antefix.data.example import Example
 from antefix.methods import method_class
 from antefix.metrics import score
-from antefix.tasks import METRICS_OF
+from antefix.tasks import TASKS
 from antefix.training.prepared import prepare
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import run
@@ -84,7 +84,7 @@ def one(folder: Path, arm: str, rate: float, draw: int, *, is_final: bool) -> di
     if is_final:
         with attached(base.model, prefix):
             labels = antefix.label(base, test)
-        found["test"] = score([e.targets for e in test], labels, list(METRICS_OF["classification"]))
+        found["test"] = score([e.targets for e in test], labels, list(TASKS["classification"].METRICS))
     return found
 
 
@@ -112,7 +112,7 @@ def summed(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation of the test scores over the draws."""
     summary: dict[str, Any] = {}
     for arm in ARMS:
-        for metric in METRICS_OF["classification"]:
+        for metric in TASKS["classification"].METRICS:
             values = [u["test"][metric] for u in found.values() if u["arm"] == arm]
             summary.setdefault(arm, {})[metric] = {
                 "mean": round(statistics.mean(values), 4),

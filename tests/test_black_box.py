@@ -31,7 +31,7 @@ from antefix.metrics import score
 from antefix.parts.word_head import WordHead
 from antefix.prefix import Prefix
 from antefix.sites import find_sites
-from antefix.tasks import LabelTask
+from antefix.tasks.classification import ClassificationTask
 from antefix.training import black_box
 from antefix.training.black_box import GENERATIONS_FILE, Candidate
 from antefix.training.prepared import Prepared, prepare
@@ -96,7 +96,7 @@ def test_a_words_score_is_its_logit(name: str) -> None:
     base = granite() if name == "granite" else tiny_base(name)
     module = method_class("bitfit").build(base, method_class("bitfit").Config())
     module.head = WordHead(base.model, [7, 200, 31])
-    task = LabelTask(name="classification", labels=("a", "b", "c"), word_ids=(7, 200, 31))
+    task = ClassificationTask(labels=("a", "b", "c"), word_ids=(7, 200, 31))
     rows = [antefix.Example(source="a cat", targets=("a",)), antefix.Example(source="one elk too", targets=("c",))]
     encoded = task.encode(rows, TextFormat(), base.tokenizer, Limits(context=None), for_encoder=False)
     batch = labelled_batch(encoded, all_units(encoded), base.model)
@@ -119,7 +119,7 @@ def test_hinge_by_hand() -> None:
             return torch.tensor([[3.0, 1.5, 0.0]]).expand(len(states_NC), -1)
 
     base = tiny_base("llama")
-    task = LabelTask(name="classification", labels=("a", "b", "c"))
+    task = ClassificationTask(labels=("a", "b", "c"))
     rows = [antefix.Example(source="x", targets=("a",)), antefix.Example(source="y", targets=("c",))]
     encoded = task.encode(rows, TextFormat(), base.tokenizer, Limits(context=None), for_encoder=False)
     batch = labelled_batch(encoded, all_units(encoded), base.model)

@@ -19,6 +19,7 @@ from antefix.data import Example
 from antefix.data.linearise import TextFormat
 from antefix.decoding import Decoding
 from antefix.errors import AntefixError
+from antefix.tasks import TextTask
 from antefix.training.recipe import TrainingRecipe
 from antefix.training.run import train
 
@@ -130,7 +131,7 @@ def test_what_is_wrong_is_said_in_a_line(base: Base) -> None:
 
 def writer(name: str | None, num_bytes: int, **changes: Any) -> Writer:
     return Writer(
-        name=name, task=None, text_format=TextFormat(), decoding=Decoding(**changes), num_bytes=num_bytes
+        name=name, task=TextTask(), text_format=TextFormat(), decoding=Decoding(**changes), num_bytes=num_bytes
     )  # fmt: skip
 
 

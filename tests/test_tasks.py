@@ -21,10 +21,12 @@ from antefix.data.linearise import TextFormat
 from antefix.errors import DataError, GenerationError, PrefixError, PrefixFileError, TrainingError
 from antefix.hidden_states import states_and_logits
 from antefix.labels import label, scores_each
-from antefix.metrics import score
+from antefix.metrics import METRICS, score
 from antefix.metrics.span_f1 import spans
 from antefix.prefix import Prefix
-from antefix.tasks import LabelTask
+from antefix.tasks import TASKS, TaskName, TextTask
+from antefix.tasks.classification import ClassificationTask
+from antefix.tasks.tagging import TaggingTask
 from antefix.training.recipe import TrainingRecipe
 
 BASES = ("llama", "gpt2", "opt", *ENCODER_ONLY)
@@ -34,6 +36,23 @@ TAGGED = [
     antefix.Example(source=Words((a, b, c)), targets=(" ".join([first, "O", last]),))
     for a, first in (("zz", "B-x"), ("ab", "O")) for b in ("m", "n", "o") for c, last in (("qq", "B-y"), ("cd", "O"))
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_what_its_line_says(name: TaskName) -> None:
+    task = TASKS[name]
+    assert task.model_fields["name"].default == name
+    assert task.METRICS
+    assert set(task.METRICS) <= set(METRICS)
+    assert task.writes_text == (name == "text_generation")
+
+
+def test_cards_of_texts_have_no_task_in_their_file(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    texts = [antefix.Example(source="a", targets=("b",))] * 2
+    kept = antefix.train(base, texts, dev=texts, training=TrainingRecipe(max_steps=1)).save(tmp_path / "kept")
+    assert json.loads((kept / "card.json").read_text())["task"] is None
+    assert Prefix.load(kept).card.task == TextTask()
 
 
 def trained(base: Base, task: str, examples: list[antefix.Example], **config: object) -> Prefix:
@@ -48,7 +67,7 @@ def trained(base: Base, task: str, examples: list[antefix.Example], **config: ob
 def test_texts_are_classified(name: str, tmp_path: Path) -> None:
     base = tiny_base(name)
     prefix = Prefix.load(trained(base, "classification", ANIMALS).save(tmp_path / "kept"))
-    assert prefix.card.task == LabelTask(name="classification", labels=("pet", "wild"))
+    assert prefix.card.task == ClassificationTask(labels=("pet", "wild"))
     assert {"head.weight", "head.bias"} <= prefix.tensors.keys()
     with attached(base.model, prefix):
         found = label(base, ANIMALS)
@@ -116,13 +135,13 @@ def test_states_and_logits_are_those_of_the_whole_model(name: str) -> None:
 def test_places_are_first_tokens_in_encoders_and_last_ones_in_decoders() -> None:
     """One token a byte: 'ab m cd' is seven tokens, of which two are spaces."""
     tokenizer = tiny_base("llama").tokenizer
-    task = LabelTask.of("tagging", TAGGED)
+    task = TaggingTask.of(TAGGED)
     source = Words(("ab", "m", "cd"))
     for for_encoder, wanted in ((True, [0, 3, 5]), (False, [1, 3, 6])):
         ids, places, _ = task.encoder(TextFormat(linearise="words"), tokenizer, for_encoder=for_encoder)(source)
         assert len(ids) == 7
         assert places == wanted
-    task = LabelTask.of("classification", ANIMALS)
+    task = ClassificationTask.of(ANIMALS)
     ids, places, _ = task.encoder(TextFormat(), tokenizer, for_encoder=False)("a cat")
     assert places == [len(ids) - 1]
 
@@ -130,12 +149,12 @@ def test_places_are_first_tokens_in_encoders_and_last_ones_in_decoders() -> None
 def test_a_word_of_which_no_token_is_made_has_a_tag() -> None:
     """WordPiece drops control signs; what stands for such a word is the unknown token."""
     tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"))})
-    encode = LabelTask.of("tagging", TAGGED).encoder(TextFormat(linearise="words"), tokenizer, for_encoder=True)
+    encode = TaggingTask.of(TAGGED).encoder(TextFormat(linearise="words"), tokenizer, for_encoder=True)
     ids, places, _ = encode(Words(("a", "\u200b", "b")))
     assert ids == [2, 4, 1, 5, 3]
     assert places == [1, 2, 3]
     wrong = antefix.Example(source=Words(("a", "b", "a")), targets=("O O",))
-    task = LabelTask.of("tagging", TAGGED)
+    task = TaggingTask.of(TAGGED)
     with pytest.raises(DataError, match="2 tags for 3 words: one a word is needed"):
         task.encode([wrong], TextFormat(linearise="words"), tokenizer, Limits(context=None), for_encoder=True)
 
@@ -179,7 +198,7 @@ def test_spans_are_conllevals() -> None:
 
 def test_what_is_wrong_is_said() -> None:
     base = tiny_base("bert")
-    task = LabelTask.of("classification", ANIMALS)
+    task = ClassificationTask.of(ANIMALS)
     wrong = [antefix.Example(source="a", targets=("tame",), where="x.csv, line 3")]
     with pytest.raises(DataError, match="x.csv, line 3: the label 'tame' is not in the training data \\(pet, wild\\)"):
         task.encode(wrong, TextFormat(), base.tokenizer, Limits(context=None), for_encoder=True)
@@ -194,7 +213,7 @@ def test_what_is_wrong_is_said() -> None:
 
 
 def test_words_that_are_tagged_stand_alone() -> None:
-    base, task = tiny_base("bert"), LabelTask.of("tagging", TAGGED)
+    base, task = tiny_base("bert"), TaggingTask.of(TAGGED)
     limits = Limits(context=2)
     with pytest.raises(DataError, match=r"7 tokens do not fit into the base's context of 2; split the text$"):
         task.encode([TAGGED[0]], TextFormat(linearise="words"), base.tokenizer, limits, for_encoder=True)
@@ -309,7 +328,7 @@ def test_rows_with_words_or_heads_and_unlike_new_tokens_share_a_batch() -> None:
 
 
 def test_words_that_cannot_stand_for_labels_are_told() -> None:
-    task = LabelTask.of("classification", ANIMALS)
+    task = ClassificationTask.of(ANIMALS)
     tokenizer = tiny_base("llama").tokenizer
     for words, message in [
         ({"pet": "a"}, "the labels are pet, wild, words are given for pet"),
@@ -319,6 +338,6 @@ def test_words_that_cannot_stand_for_labels_are_told() -> None:
         with pytest.raises(DataError, match=message):
             task.with_words(words, tokenizer)
     with pytest.raises(DataError, match="words for labels are for classification, not for tagging"):
-        LabelTask.of("tagging", TAGGED).with_words({}, tokenizer)
+        TaggingTask.of(TAGGED).with_words({}, tokenizer)
     with pytest.raises(PrefixError, match="words for labels need a causal base with an output head"):
         with_words("bert")

@@ -36,8 +36,15 @@ from antefix.methods import method_class
 from antefix.metrics.ranks import rank, rank_scores
 from antefix.prefix import Prefix
 from antefix.sites import find_sites
-from antefix.tasks import LabelTask
-from antefix.tasks.triples import Triple, TripleEncoder, corrupted, true_triples, with_negatives, with_one_negative
+from antefix.tasks.triples import (
+    Triple,
+    TripleEncoder,
+    TriplesTask,
+    corrupted,
+    true_triples,
+    with_negatives,
+    with_one_negative,
+)
 from antefix.training.prepared import Prepared, prepare
 from antefix.training.recipe import TrainingRecipe
 
@@ -204,7 +211,7 @@ class TestTexts:
 
     def test_a_causal_base_gets_one_text(self) -> None:
         tokenizer = tiny_base("llama").tokenizer
-        task = LabelTask.of("triples", [])
+        task = TriplesTask.of([])
         ids, places, _ = task.encoder(TextFormat(), tokenizer, for_encoder=False)(Triples((("a", "b", "c"),)))
         assert tokenizer.decode(ids) == "a b\nc\n"
         assert places == [len(ids) - 1]
@@ -295,7 +302,7 @@ def test_a_graph_is_learned_by_heart(name: str, method: str, tmp_path: Path) -> 
     base = tiny_base(name)
     prefix = antefix.train(base, GRAPH, dev=GRAPH, method=method, task="triples", training=MEMORISED)
     loaded = Prefix.load(prefix.save(tmp_path / "kept"))
-    assert loaded.card.task == LabelTask(name="triples", labels=("true", "false"))
+    assert loaded.card.task == TriplesTask(labels=("true", "false"))
     false = [("cat", "eats", "hay"), ("fish", "feeds", "hen")]
     with attached(base.model, loaded):
         true_ones, false_ones = likelihoods(base, true_triples(GRAPH)), likelihoods(base, false)

@@ -31,8 +31,7 @@ class Writer:
 
     name: str | None
     """Of the prefix; None: the bare base."""
-    task: Task | None
-    """What it labels; None: it writes texts."""
+    task: Task
     text_format: TextFormat
     decoding: Decoding
     num_bytes: int
@@ -43,7 +42,7 @@ class Writer:
         """Who shares batches: writers of the same kind."""
         if isinstance(self.task, RankingTask):
             return "ranking", str(self.name)
-        if self.task is not None:
+        if not self.task.writes_text:
             return "labels", self.text_format.model_dump_json()
         return self.text_format.model_dump_json(), self.decoding.model_dump_json()
 
@@ -116,7 +115,7 @@ def _answered(
     with attached(base.model, *prefixes.values()) if prefixes else nullcontext() as attachment:
         if attachment is not None:
             attachment.rows = [BARE if (name := writers[n].name) is None else places[name] for n in one.rows]
-        if first.task is not None:
+        if not first.task.writes_text:
             answers = label_each(base, chosen, text_format=first.text_format, batch_size=batch_size)
         else:
             answers = generate_each(

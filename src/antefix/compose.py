@@ -219,7 +219,9 @@ def _check_same(parents: Kept, fields: Sequence[Literal["method", "base", "posit
 def _told(card: Card, field: Literal["method", "base", "positions", "task"]) -> object:
     if field == "base":
         return card.base.fingerprint
-    return getattr(card, field) or "to write texts"
+    if field == "task" and card.task.writes_text:
+        return "to write texts"
+    return getattr(card, field)
 
 
 def _num_slots(name: str, prefix: Prefix, done: str) -> int:

@@ -152,7 +152,7 @@ def _formats_of(base: Base, text_format: TextFormat | None) -> list[TextFormat]:
 
 def _task_of(prefix: Prefix | MethodModule) -> Task:
     task = prefix.card.task if isinstance(prefix, Prefix) else None
-    if task is None:
+    if task is None or task.writes_text:
         raise GenerationError("to label texts, attach prefixes that were trained to classify, to tag or to rank")
     return task
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ from antefix.parts.label_head import LabelHead
 from antefix.parts.word_head import WordHead
 from antefix.settings import validated
 from antefix.sites import find_sites
-from antefix.tasks import LabelTask, Task
+from antefix.tasks import KeptTask, LabelTask, TextTask
 from antefix.tensor_file import TENSORS_FILE, problem_of, read_tensors, sha256_of
 
 FORMAT_VERSION = 1
@@ -62,8 +62,8 @@ class Card(BaseModel):
     config: dict[str, Any]
     positions: Positions
     base: BaseRecord
-    task: Annotated[Task, Field(discriminator="name")] | None = None
-    """What it labels, with the labels' names, or that it ranks; None: it writes texts."""
+    task: KeptTask = TextTask()
+    """What it answers: texts (null in the file), labels, with their names, or choices."""
     text_format: dict[str, Any] = Field(default_factory=dict)
     """How a source becomes text: linearisation, separator, end token (see `antefix.data.linearise.TextFormat`)."""
     decoding: dict[str, Any] = Field(default_factory=dict)
@@ -76,6 +76,15 @@ class Card(BaseModel):
     tags: tuple[str, ...] = ()
     licence: str | None = None
     notes: str = ""
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _null_writes_texts(cls, task: Any) -> Any:
+        return TextTask() if task is None else task
+
+    @field_serializer("task")
+    def _texts_are_null(self, task: KeptTask) -> dict[str, Any] | None:
+        return None if task.writes_text else task.model_dump()
 
     @property
     def num_virtual_tokens(self) -> int | None:

@@ -40,7 +40,7 @@ def slot_attention(
     """
     module = prefix.module(base.model)
     is_plain = module.folds_to_key_value and not module.branches() and module.slots()
-    if prefix.card.task is not None or not is_plain:
+    if not prefix.card.task.writes_text or not is_plain:
         raise PrefixError("attention is measured of prefixes that write texts and are plain keys and values")
     watched = _Watched(module)
     sites = find_sites(base.model)

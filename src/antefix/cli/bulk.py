@@ -21,6 +21,7 @@ from antefix.errors import BankError, GenerationError, PrefixFileError
 from antefix.generation import default_decoding
 from antefix.prefix import BaseRecord, Card
 from antefix.settings import override, validated
+from antefix.tasks import TextTask
 from antefix.tensor_file import TENSORS_FILE
 
 
@@ -110,7 +111,7 @@ def _bare_writer(sources: Sequence[Example], decoding: list[str], text: list[str
     of_sources = default_decoding(sources).model_dump(exclude_defaults=True)
     return Writer(
         name=None,
-        task=None,
+        task=TextTask(),
         text_format=TextFormat.from_dict(override(default_format([e.source for e in sources]).to_dict(), text)),
         decoding=validated(Decoding, override(of_sources, decoding), "decoding option "),
         num_bytes=0,

@@ -106,7 +106,7 @@ def generate(
         raise CommandError("say which prefix (--prefix FOLDER), or which bare base (--base smollm2-135m)")
     if input_file is None and output is not None:
         raise CommandError("--output is for what a file's sources get: give the file with --input")
-    if input_file is not None and (kept is None or kept.card.task is None):
+    if input_file is not None and (kept is None or kept.card.task.writes_text):
         _require_output(output)
     examples, text_format = _sources(source, input_file, how, kept, text or [])
     examples = examples[:limit]
@@ -115,7 +115,7 @@ def generate(
     chosen = validated(Decoding, options, "decoding option ")
     loaded = _base(None if kept is None else kept.card.base, base, dtype, device)
     with nullcontext() if kept is None else attached(loaded.model, kept):
-        if kept is not None and kept.card.task is not None:
+        if kept is not None and not kept.card.task.writes_text:
             each = partial(label_each, loaded, text_format=text_format, batch_size=batch_size)
             if output is None:
                 _print_labels(each, examples, as_json)

@@ -45,10 +45,10 @@ def links(
     from antefix.data import read
     from antefix.link_prediction import classification_scores, likelihoods, link_scores
     from antefix.prefix import Prefix
-    from antefix.tasks.triples import is_true, true_triples, with_one_negative
+    from antefix.tasks.triples import TriplesTask, is_true, true_triples, with_one_negative
 
     kept = Prefix.load(prefix)
-    if kept.card.task is None or kept.card.task.name != "triples":
+    if not isinstance(kept.card.task, TriplesTask):
         raise CommandError(f'{prefix} was not trained on triples (task = "triples"): it cannot tell true from false')
     tests, devs = read(test), read(dev)
     others = [*devs, *(example for file in known or () for example in read(file))]

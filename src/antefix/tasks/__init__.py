@@ -5,29 +5,28 @@ Knows examples and tokenizers, nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated
 
-from antefix.data.example import Example
+from pydantic import Field
+
+from antefix.tasks.classification import ClassificationTask
 from antefix.tasks.label import LabelTask
 from antefix.tasks.ranking import RankingTask
+from antefix.tasks.tagging import TaggingTask
+from antefix.tasks.task import Task, TaskName
+from antefix.tasks.text import TextTask
+from antefix.tasks.triples import TriplesTask
 
-__all__ = ["METRICS_OF", "LabelTask", "RankingTask", "Task", "TaskName", "task_of"]
+__all__ = ["TASKS", "KeptTask", "LabelTask", "RankingTask", "Task", "TaskName", "TextTask"]
 
-TaskName = Literal["text_generation", "classification", "tagging", "ranking", "triples"]
-METRICS_OF: dict[TaskName, tuple[str, ...]] = {
-    "text_generation": ("bleu", "accuracy", "frame_f1"),
-    "classification": ("accuracy",),
-    "tagging": ("span_f1", "word_accuracy"),
-    "ranking": ("accuracy",),
-    "triples": ("accuracy",),
+TASKS: dict[TaskName, type[Task]] = {
+    "text_generation": TextTask,
+    "classification": ClassificationTask,
+    "tagging": TaggingTask,
+    "ranking": RankingTask,
+    "triples": TriplesTask,
 }
-"""Scores that can choose the best step, beside the dev loss."""
-Task = LabelTask | RankingTask
-
-
-def task_of(name: TaskName, examples: Sequence[Example], length_norm: float = 1.0) -> Task | None:
-    """The task of this name for these examples; None: to write texts. Raises DataError as the tasks do."""
-    if name == "text_generation":
-        return None
-    return RankingTask(length_norm=length_norm) if name == "ranking" else LabelTask.of(name, examples)
+KeptTask = Annotated[
+    TextTask | ClassificationTask | TaggingTask | RankingTask | TriplesTask, Field(discriminator="name")
+]
+"""A task as cards have it."""

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from antefix.data.encode import Encoded, Limits, encode, where_of
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat
 from antefix.errors import DataError
+from antefix.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class RankingTask(BaseModel):
+class RankingTask(Task):
     """A task whose examples bring their choices."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    METRICS: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     name: Literal["ranking"] = "ranking"
     length_norm: float = 1.0
     """A choice's log-likelihood is divided by its length to this power."""
-    labels: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], *, length_norm: float = 1.0) -> Self:
+        return cls(length_norm=length_norm)
 
     def encode(
         self,
@@ -50,3 +52,10 @@ class RankingTask(BaseModel):
         right = [e.choices.index(e.targets[0]) if e.targets else -1 for e in examples]
         made = (replace(e, right=n) for e, n in zip(encoded.examples, right, strict=True))
         return replace(encoded, examples=tuple(made), are_choices=True)
+
+    def check_targets(self, examples: Sequence[Example]) -> None:
+        if unknown := next((e for e in examples if e.choices and not e.targets), None):
+            raise DataError(
+                f"{where_of(unknown)}: ranking is learned from right choices, and this example names none: name their "
+                "column with data.reader.target_column"
+            )

@@ -8,15 +8,16 @@ is not in the same file (it may be true by another one: so does PALT's released 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from antefix.data.encode import where_of
 from antefix.data.example import Example, Source, Triples
 from antefix.data.linearise import TextFormat
 from antefix.errors import DataError
+from antefix.tasks.label import LabelTask, at_one_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,40 @@ TRUE, FALSE = "true", "false"
 Triple = tuple[str, str, str]
 """Head, relation, tail, as texts."""
 HEAD, RELATION, TAIL = range(3)
+
+
+class TriplesTask(LabelTask):
+    """One of two labels a triple, read off an encoder's first token or a decoder's last one."""
+
+    METRICS: ClassVar[tuple[str, ...]] = ("accuracy",)
+    draws_negatives: ClassVar[bool] = True
+
+    name: Literal["triples"] = "triples"
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], *, length_norm: float = 1.0) -> Self:
+        return cls(labels=(TRUE, FALSE))
+
+    def encoder(
+        self, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
+    ) -> Callable[[Source], tuple[list[int], list[int], bool]]:
+        write = TripleEncoder(text_format, tokenizer, for_encoder=for_encoder)
+        return at_one_place(write, for_encoder=for_encoder)
+
+    @classmethod
+    def with_negatives(
+        cls, examples: Sequence[Example], negatives: int, seed: int, num_draws: int = 1
+    ) -> Sequence[Example]:
+        return with_negatives(examples, negatives, seed, num_draws)
+
+    @classmethod
+    def tested(cls, examples: Sequence[Example], others: Sequence[Example], seed: int) -> Sequence[Example]:
+        return with_one_negative(examples, set(true_triples([*others, *examples])), seed)
+
+    def scored(self, train: Sequence[Example], dev: Sequence[Example], count: int, seed: int) -> Sequence[Example]:
+        """Half of them true, so that it does not pay to call all of them false."""
+        true = [e for e in dev if is_true(e)][: max(1, count // 2)]
+        return with_one_negative(true, set(true_triples([*train, *dev])), seed)
 
 
 def triple_of(example: Example) -> Triple:

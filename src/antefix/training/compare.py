@@ -28,8 +28,7 @@ from antefix.metrics import check_java, evaluate, load
 from antefix.metrics.bootstrap import Comparison
 from antefix.metrics.bootstrap import compare as compare_systems
 from antefix.prefix import Prefix
-from antefix.tasks import METRICS_OF
-from antefix.tasks.triples import true_triples, with_one_negative
+from antefix.tasks import TASKS
 from antefix.training.black_box import planned_generations
 from antefix.training.identity import recipe_digest
 from antefix.training.prepared import Prepared, prepare_recipe, recipe_base, recipe_examples
@@ -140,14 +139,13 @@ def plan_of(
     if not unequal:
         _refuse_unequal(recipes)
     first = recipes[0]
-    examples = [e for e in read(test, format=first.data.format, **first.data.reader) if e.targets]
+    examples: Sequence[Example] = [e for e in read(test, format=first.data.format, **first.data.reader) if e.targets]
     if not examples:
         raise TrainingError(f"{test}: no example has a target to compare with")
     read_by = {r.name: recipe_examples(r) for r in recipes}
-    if first.task == "triples":
-        every = [*(e for part in read_by[first.name] for e in part), *examples]
-        examples = with_one_negative(examples, set(true_triples(every)), seed=0)
-    chosen = tuple(metrics or METRICS_OF[first.task][:1])
+    task = TASKS[first.task]
+    examples = task.tested(examples, [e for part in read_by[first.name] for e in part], seed=0)
+    chosen = tuple(metrics or task.METRICS[:1])
     check_java([name for name in chosen if load(name).NEEDS_JAVA])  # told before hours of training
     plan = ComparisonPlan(
         recipes=tuple(recipes), seeds=tuple(seeds), test=examples, metrics=chosen, folder=folder,
@@ -183,7 +181,7 @@ def _refuse_unequal(recipes: Sequence[Recipe]) -> None:
 
 def _learned_from(recipe: Recipe) -> dict[str, Any]:
     found = {f"data.{key}": value for key, value in recipe.data.model_dump(exclude={"text"}).items()}
-    if recipe.task == "triples":  # an epoch has as many false ones as this says
+    if TASKS[recipe.task].draws_negatives:  # an epoch has as many false ones as this says
         found["training.negatives"] = recipe.training.negatives
     return found
 

@@ -19,6 +19,7 @@ from antefix.data.linearise import default_format
 from antefix.errors import TrainingError
 from antefix.methods import method_class
 from antefix.prefix import Prefix, read_card
+from antefix.tasks import TextTask
 from antefix.training.identity import Identity, identity_of, is_done, recipe_digest
 from antefix.training.loop import StepReport
 from antefix.training.prepared import Prepared, built, prepare_recipe
@@ -72,7 +73,7 @@ def work_of(
     """
     recipe = plan.recipe
     torch.manual_seed(recipe.training.seed)
-    fresh = built(base, recipe.method, recipe.method_config, None)
+    fresh = built(base, recipe.method, recipe.method_config, TextTask())
     check_shareable(recipe, fresh)
     bank = Bank(recipe.bank)
 

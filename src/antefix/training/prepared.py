@@ -11,12 +11,12 @@ import torch
 
 from antefix.base import Base, load_base
 from antefix.data import read, sample_frames, sample_pairs, split_examples
-from antefix.data.encode import Encoded, encode, where_of
+from antefix.data.encode import Encoded
 from antefix.data.example import Example
 from antefix.data.linearise import TextFormat, default_format
 from antefix.decoding import Decoding
 from antefix.digest import digest
-from antefix.errors import DataError, PrefixError, TrainingError
+from antefix.errors import PrefixError, TrainingError
 from antefix.generation import default_decoding, require_generator
 from antefix.methods import method_class
 from antefix.methods.base import MethodConfig, MethodModule
@@ -26,8 +26,7 @@ from antefix.prefix import Prefix
 from antefix.processes import device
 from antefix.settings import validated
 from antefix.sites import find_sites
-from antefix.tasks import LabelTask, RankingTask, Task, TaskName, task_of
-from antefix.tasks.triples import with_negatives
+from antefix.tasks import TASKS, LabelTask, Task, TaskName
 from antefix.training.black_box import planned_generations
 from antefix.training.recipe import Recipe, TrainingRecipe, checked_config
 from antefix.training.schedule import planned_steps
@@ -50,8 +49,7 @@ class Prepared:
     learning_rate: float
     method: str
     data_name: str
-    task: Task | None
-    """None: to write texts."""
+    task: Task
 
     @property
     def num_steps(self) -> int:
@@ -143,14 +141,11 @@ def prepare(
     would be built, where it was built before; None: it is built.
     """
     num_draws = 1
-    if task == "triples":
-        train_examples, dev_examples, num_draws = _with_negatives(train_examples, dev_examples, training)
-    made = task_of(task, train_examples, training.ranking.length_norm)
-    if isinstance(made, RankingTask):
-        _check_right_choices([*train_examples, *dev_examples])
+    if TASKS[task].draws_negatives:
+        train_examples, dev_examples, num_draws = _with_negatives(TASKS[task], train_examples, dev_examples, training)
+    made = TASKS[task].of(train_examples, length_norm=training.ranking.length_norm)
+    made.check_targets([*train_examples, *dev_examples])
     if words:
-        if not isinstance(made, LabelTask):
-            raise DataError(f"words for labels are for classification, not for {task}")
         made = made.with_words(words, base.tokenizer)
     if not isinstance(made, LabelTask):
         require_generator(base)
@@ -166,10 +161,9 @@ def prepare(
     text_format = module.with_symbols(text_format)
     fits = replace(module.limits_in(base.context_length), target=max_target_tokens)
     tokenizer = base.tokenizer_with(module.symbols)
-    encode_all = encode if made is None else made.encode
     for_encoder = not find_sites(base.model).is_causal
     train_set, dev_set = (
-        encode_all(e, text_format, tokenizer, fits, for_encoder=for_encoder) for e in (train_examples, dev_examples)
+        made.encode(e, text_format, tokenizer, fits, for_encoder=for_encoder) for e in (train_examples, dev_examples)
     )
     train_set = replace(train_set, num_draws=num_draws)
     if train_set.num_pairs == 0:
@@ -195,28 +189,20 @@ def prepare(
     )
 
 
-def _check_right_choices(examples: Sequence[Example]) -> None:
-    if unknown := next((e for e in examples if e.choices and not e.targets), None):
-        raise DataError(
-            f"{where_of(unknown)}: ranking is learned from right choices, and this example names none: name their "
-            "column with data.reader.target_column"
-        )
-
-
 def _with_negatives(
-    train_examples: Sequence[Example], dev_examples: Sequence[Example], training: TrainingRecipe
-) -> tuple[list[Example], list[Example], int]:
-    """Training and dev set with false triples, the former once for every epoch; how many times that is."""
+    task: type[Task], train_examples: Sequence[Example], dev_examples: Sequence[Example], training: TrainingRecipe
+) -> tuple[Sequence[Example], Sequence[Example], int]:
+    """Training and dev set with false examples, the former once for every epoch; how many times that is."""
     epochs = training.epochs
     if training.max_steps is not None:
-        of_an_epoch = len(with_negatives(train_examples, training.negatives, training.seed))
+        of_an_epoch = len(task.with_negatives(train_examples, training.negatives, training.seed))
         epochs = training.max_steps * training.pairs_per_step / max(1, of_an_epoch)
     num_draws = math.ceil(epochs)
-    train_examples = with_negatives(train_examples, training.negatives, training.seed, num_draws)
-    return train_examples, with_negatives(dev_examples, training.negatives, training.seed), num_draws
+    train_examples = task.with_negatives(train_examples, training.negatives, training.seed, num_draws)
+    return train_examples, task.with_negatives(dev_examples, training.negatives, training.seed), num_draws
 
 
-def built(base: Base, method: str, config: MethodConfig, task: Task | None) -> MethodModule:
+def built(base: Base, method: str, config: MethodConfig, task: Task) -> MethodModule:
     """A fresh module, with a head where the task needs one. Raises TrainingError where method and task do not fit."""
     parent = None if config.parent is None else Prefix.load(config.parent)
     if parent is not None:
@@ -234,8 +220,10 @@ def built(base: Base, method: str, config: MethodConfig, task: Task | None) -> M
             raise TrainingError(
                 f"{method} stands before what is written, and {task.name} writes nothing: take prefix_tuning"
             )
-        if module.symbols and task.name == "tagging":
-            raise TrainingError(f"{method} has new tokens, and tagging reads words as they stand: take another method")
+        if module.symbols and not task.reads_symbols:
+            raise TrainingError(
+                f"{method} has new tokens, and {task.name} reads words as they stand: take another method"
+            )
         if module.is_searched and not task.word_ids:
             raise TrainingError(f"{method} learns no head, without gradients: give a word for every label (`words`)")
         module.head = _head_of(base, task)

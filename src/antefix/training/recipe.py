@@ -20,7 +20,7 @@ from antefix.errors import DataError, RecipeError
 from antefix.methods import method_class
 from antefix.methods.base import MethodConfig
 from antefix.settings import override, put, validated
-from antefix.tasks import METRICS_OF, TaskName
+from antefix.tasks import TASKS, TaskName
 from antefix.training.objectives import LossReduction, RankingWeights
 from antefix.training.space import SearchRecipe, Value
 
@@ -185,7 +185,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _metric_of_the_task(self) -> Recipe:
-        known = ("loss", *METRICS_OF[self.task])
+        known = ("loss", *TASKS[self.task].METRICS)
         if self.training.dev_metric not in known:
             raise ValueError(f"training.dev_metric of {self.task} is one of {', '.join(known)}")
         return self

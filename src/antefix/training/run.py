@@ -20,8 +20,7 @@ from antefix.labels import label_each
 from antefix.metrics import load, score
 from antefix.prefix import BaseRecord, Card, Prefix
 from antefix.processes import failing_together, is_main, rejoined, shared
-from antefix.tasks import LabelTask, TaskName
-from antefix.tasks.triples import is_true, true_triples, with_one_negative
+from antefix.tasks import TaskName
 from antefix.training.black_box import GENERATIONS_FILE, search_loop
 from antefix.training.checkpoint import CHECKPOINT_FILE
 from antefix.training.journal import Journal
@@ -160,8 +159,10 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 
 def _score_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
-    examples = _scored_examples(prepared)
-    name = prepared.training.dev_metric
+    training, name = prepared.training, prepared.training.dev_metric
+    examples = prepared.task.scored(
+        prepared.train_examples, prepared.dev_examples, training.dev_metric_sources, training.seed
+    )
 
     def measure() -> dict[str, float]:
         mine, texts = shared(examples), []
@@ -174,19 +175,9 @@ def _score_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
     return measure
 
 
-def _scored_examples(prepared: Prepared) -> list[Example]:
-    """The beginning of the dev set; of triples half are true, so that it does not pay to call all of them false."""
-    count = prepared.training.dev_metric_sources
-    if not isinstance(prepared.task, LabelTask) or prepared.task.name != "triples":
-        return [e for e in prepared.dev_examples if e.targets][:count]
-    known = set(true_triples([*prepared.train_examples, *prepared.dev_examples]))
-    true = [e for e in prepared.dev_examples if is_true(e)]
-    return with_one_negative(true[: max(1, count // 2)], known, prepared.training.seed)
-
-
 def answer_each(prepared: Prepared, examples: Sequence[Example]) -> Iterator[tuple[int, str]]:
     """`(index, text)` of what is written for these sources, their labels or choices, with what is attached."""
-    if prepared.task is None:
+    if prepared.task.writes_text:
         return generate_each(prepared.base, examples, text_format=prepared.text_format, decoding=prepared.decoding)
     return label_each(prepared.base, examples, text_format=prepared.text_format, task=prepared.task)
 
@@ -216,7 +207,7 @@ def card_of(prepared: Prepared, outcome: Outcome, tags: tuple[str, ...], licence
         task=prepared.task,
         text_format=prepared.text_format.to_dict(),
         # Whole, so that a later default does not change what a kept prefix writes.
-        decoding=prepared.decoding.model_dump(mode="json") if prepared.task is None else {},
+        decoding=prepared.decoding.model_dump(mode="json") if prepared.task.writes_text else {},
         training={
             "data": prepared.data_name,
             "data_hash": data_hash(prepared.train_examples),

@@ -7,6 +7,7 @@ import torch
 from antefix.at_work import Made
 from antefix.errors import TrainingError
 from antefix.methods.base import MethodModule
+from antefix.tasks import TASKS
 from antefix.training.recipe import Recipe
 
 
@@ -22,7 +23,7 @@ def _reason(recipe: Recipe, module: MethodModule) -> str | None:
         return f"{method} changes the base's own weights, which all rows of a batch share"
     if module.is_searched:
         return f"{method} is searched without gradients, and its candidates fill a batch by themselves"
-    if recipe.task != "text_generation":
+    if not TASKS[recipe.task].writes_text:
         return f"task = '{recipe.task}' cannot be learned by many together, only text_generation can"
     if module.condition_length is not None:
         return f"{method} reads a second text for every source, which many together are not given"
