@@ -91,7 +91,7 @@ def one(folders: Sequence[Path], name: str, seed: int) -> dict[str, Any]:
     of_sites = {name: tensor for name, tensor in prefix.tensors.items() if not name.startswith("head.")}
     watched = Watched.restore(find_sites(base.model), prefix.module(base.model).config, of_sites)
     with attached(base.model, prefix):
-        metric = TASKS[task].METRICS[0]
+        metric = TASKS[task].metrics[0]
         found = score([e.targets for e in test], antefix.label(base, test), [metric])[metric]
     with attached(base.model, watched), torch.inference_mode():
         for example in test[:TEXTS]:
@@ -127,7 +127,7 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         units = [u for u in found.values() if u["arm"] == name]
         layers = [_all_gates(units, layer) for layer in range(len(units[0]["gate_of_layer_and_slot"]))]
         of_arms[name] = {
-            TASKS[task].METRICS[0]: [round(u[TASKS[task].METRICS[0]], 4) for u in units],
+            TASKS[task].metrics[0]: [round(u[TASKS[task].metrics[0]], 4) for u in units],
             "mean_gate_of_layer": [round(statistics.mean(gates), 3) for gates in layers],
             "least_and_greatest_gate_of_layer": [[round(min(gates), 3), round(max(gates), 3)] for gates in layers],
         }

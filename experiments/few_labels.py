@@ -84,7 +84,7 @@ def one(folder: Path, arm: str, rate: float, draw: int, *, is_final: bool) -> di
     if is_final:
         with attached(base.model, prefix):
             labels = antefix.label(base, test)
-        found["test"] = score([e.targets for e in test], labels, list(TASKS["classification"].METRICS))
+        found["test"] = score([e.targets for e in test], labels, list(TASKS["classification"].metrics))
     return found
 
 
@@ -112,7 +112,7 @@ def summed(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation of the test scores over the draws."""
     summary: dict[str, Any] = {}
     for arm in ARMS:
-        for metric in TASKS["classification"].METRICS:
+        for metric in TASKS["classification"].metrics:
             values = [u["test"][metric] for u in found.values() if u["arm"] == arm]
             summary.setdefault(arm, {})[metric] = {
                 "mean": round(statistics.mean(values), 4),

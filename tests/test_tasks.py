@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from conftest import DECODER_ONLY, ENCODER_ONLY, METHOD_CONFIGS, tiny_base
+from conftest import DECODER_ONLY, ENCODER_ONLY, METHOD_CONFIGS, tiny_base, tiny_method
 from transformers import BertModel, BertTokenizer
 from typer.testing import CliRunner
 
@@ -24,7 +25,7 @@ from antefix.labels import label, scores_each
 from antefix.metrics import METRICS, score
 from antefix.metrics.span_f1 import spans
 from antefix.prefix import Prefix
-from antefix.tasks import TASKS, TaskName, TextTask
+from antefix.tasks import TASKS, KeptTask, TaskName, TextTask
 from antefix.tasks.classification import ClassificationTask
 from antefix.tasks.tagging import TaggingTask
 from antefix.training.recipe import TrainingRecipe
@@ -42,9 +43,10 @@ TAGGED = [
 def test_every_task_is_what_its_line_says(name: TaskName) -> None:
     task = TASKS[name]
     assert task.model_fields["name"].default == name
-    assert task.METRICS
-    assert set(task.METRICS) <= set(METRICS)
+    assert task.metrics
+    assert set(task.metrics) <= set(METRICS)
     assert task.writes_text == (name == "text_generation")
+    assert task in get_args(get_args(KeptTask)[0]), "cards keep it"
 
 
 def test_cards_of_texts_have_no_task_in_their_file(tmp_path: Path) -> None:
@@ -53,6 +55,14 @@ def test_cards_of_texts_have_no_task_in_their_file(tmp_path: Path) -> None:
     kept = antefix.train(base, texts, dev=texts, training=TrainingRecipe(max_steps=1)).save(tmp_path / "kept")
     assert json.loads((kept / "card.json").read_text())["task"] is None
     assert Prefix.load(kept).card.task == TextTask()
+
+
+def test_what_writes_texts_labels_nothing() -> None:
+    base = tiny_base("llama")
+    for task in (None, TextTask()):
+        message = "attach prefixes that were trained to classify, to tag or to rank"
+        with attached(base.model, tiny_method(base)), pytest.raises(GenerationError, match=message):
+            label(base, ANIMALS, task=task)
 
 
 def trained(base: Base, task: str, examples: list[antefix.Example], **config: object) -> Prefix:
@@ -294,7 +304,7 @@ def test_labels_can_be_words_of_the_base(name: str, tmp_path: Path) -> None:
     """A label's score is the logit of its word behind the text, and nothing is learned for it."""
     base, prefix = with_words(name)
     prefix = Prefix.load(prefix.save(tmp_path / "kept"))
-    assert prefix.card.task is not None
+    assert isinstance(prefix.card.task, ClassificationTask)
     ids = base.tokenizer("ho")["input_ids"][0], base.tokenizer("ou")["input_ids"][0]
     assert prefix.card.task.word_ids == ids
     assert not any(name.startswith("head") for name in prefix.tensors)

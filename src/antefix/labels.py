@@ -24,7 +24,7 @@ from antefix.methods.base import MethodModule
 from antefix.parts.word_head import Head
 from antefix.prefix import Prefix
 from antefix.sites import find_sites
-from antefix.tasks import LabelTask, RankingTask, Task
+from antefix.tasks import LabelTask, RankingTask, Task, TextTask
 
 
 def label(
@@ -143,18 +143,15 @@ def _attachment(base: Base) -> Attachment:
 
 
 def _tasks_of(base: Base, task: Task | None) -> list[Task]:
-    return [task or _task_of(prefix) for prefix in _attachment(base).prefixes]
+    prefixes = _attachment(base).prefixes
+    tasks: list[Task] = [task or (p.card.task if isinstance(p, Prefix) else TextTask()) for p in prefixes]
+    if any(t.writes_text for t in tasks):
+        raise GenerationError("to label texts, attach prefixes that were trained to classify, to tag or to rank")
+    return tasks
 
 
 def _formats_of(base: Base, text_format: TextFormat | None) -> list[TextFormat]:
     return [text_format or _format_of(prefix) for prefix in _attachment(base).prefixes]
-
-
-def _task_of(prefix: Prefix | MethodModule) -> Task:
-    task = prefix.card.task if isinstance(prefix, Prefix) else None
-    if task is None or task.writes_text:
-        raise GenerationError("to label texts, attach prefixes that were trained to classify, to tag or to rank")
-    return task
 
 
 def _format_of(prefix: Prefix | MethodModule) -> TextFormat:

@@ -84,7 +84,7 @@ class Card(BaseModel):
 
     @field_serializer("task")
     def _texts_are_null(self, task: KeptTask) -> dict[str, Any] | None:
-        return None if task.writes_text else task.model_dump()
+        return None if isinstance(task, TextTask) else task.model_dump()
 
     @property
     def num_virtual_tokens(self) -> int | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class ClassificationTask(LabelTask):
     """One label a text, read off an encoder's first token or a decoder's last one."""
 
-    METRICS: ClassVar[tuple[str, ...]] = ("accuracy",)
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     may_have_words: ClassVar[bool] = True
 
     name: Literal["classification"] = "classification"

@@ -6,6 +6,7 @@ base.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -29,6 +30,7 @@ class LabelTask(Task):
     reads_symbols: ClassVar[bool] = True
     """Whether sources may hold a method's new tokens."""
     if_too_long: ClassVar[str] = "shorten it, or set data.max_source_tokens to have texts cut"
+    """What to do with a source that does not fit into the base's context."""
 
     labels: tuple[str, ...]
     word_ids: tuple[int, ...] = ()
@@ -61,7 +63,7 @@ class LabelTask(Task):
         """Token ids, where labels are read off, and the labels' numbers.
 
         Raises DataError naming the row for a label that the task does not know, for labels that are not one a place,
-        and for a text that does not fit; and for a text format of which the task would do nothing.
+        and for a text that does not fit.
         """
         encoded, num_cut = [], 0
         encode = self.encoder(text_format, tokenizer, for_encoder=for_encoder)
@@ -85,11 +87,11 @@ class LabelTask(Task):
             encoded.append(EncodedExample(tuple(ids), targets, places=tuple(places)))
         return Encoded(tuple(encoded), num_cut, 0)
 
+    @abstractmethod
     def encoder(
         self, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
     ) -> Callable[[Source], tuple[list[int], list[int], bool]]:
         """What makes token ids of a source; the places that its labels are read off; whether it was cut."""
-        raise NotImplementedError
 
     @staticmethod
     def labels_in(target: str) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class RankingTask(Task):
     """A task whose examples bring their choices."""
 
-    METRICS: ClassVar[tuple[str, ...]] = ("accuracy",)
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     name: Literal["ranking"] = "ranking"
     length_norm: float = 1.0

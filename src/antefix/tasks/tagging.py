@@ -8,7 +8,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from antefix.data.encode import where_of
+from antefix.data.encode import Encoded, Limits, where_of
 from antefix.data.example import Example, Source, Words
 from antefix.data.linearise import TextFormat
 from antefix.errors import DataError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class TaggingTask(LabelTask):
     """A tag a word, read off the word's first token in an encoder and its last one in a decoder."""
 
-    METRICS: ClassVar[tuple[str, ...]] = ("span_f1", "word_accuracy")
+    metrics: ClassVar[tuple[str, ...]] = ("span_f1", "word_accuracy")
     reads_symbols: ClassVar[bool] = False
     if_too_long: ClassVar[str] = "split the text"
 
@@ -34,6 +34,19 @@ class TaggingTask(LabelTask):
                 raise DataError(f"{where_of(example)}: tagging needs words with tags: a .conll file, or words and tags")
         return super().of(examples)
 
+    def encode(
+        self,
+        examples: Sequence[Example],
+        text_format: TextFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        *,
+        for_encoder: bool,
+    ) -> Encoded:
+        """See `LabelTask`. Raises DataError, too, for a text format of which tagging would do nothing."""
+        _check_words_alone(text_format)
+        return super().encode(examples, text_format, tokenizer, limits, for_encoder=for_encoder)
+
     @staticmethod
     def labels_in(target: str) -> list[str]:
         return target.split()
@@ -41,7 +54,6 @@ class TaggingTask(LabelTask):
     def encoder(
         self, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
     ) -> Callable[[Source], tuple[list[int], list[int], bool]]:
-        _check_words_alone(text_format)
         return partial(_encode_words, tokenizer=tokenizer, for_encoder=for_encoder)
 
 

@@ -1,7 +1,12 @@
-"""What every task answers. Shared code asks what a task declares here, and never for its name."""
+"""What every task answers.
+
+Shared code never asks for a task's name: it asks what is declared here, or of which kind a task is, since one that
+labels (`LabelTask`) and one that ranks (`RankingTask`) have answers of their own.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -23,7 +28,7 @@ class Task(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    METRICS: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[str, ...]]
     """Scores that can choose the best step, beside the dev loss; the first is what recipes are compared by."""
     writes_text: ClassVar[bool] = False
     """Whether answers are texts that are decoded; else they are labels, or choices."""
@@ -34,10 +39,13 @@ class Task(BaseModel):
 
     @classmethod
     def of(cls, examples: Sequence[Example], *, length_norm: float = 1.0) -> Self:
-        """The task of these training examples. length_norm: see `RankingTask`. Raises DataError where they are not its
-        kind."""
+        """The task of these training examples. Raises DataError where they are not its kind.
+
+        length_norm: of a `RankingTask`; others have no use for it.
+        """
         return cls()  # type: ignore[call-arg]  # a task of its own has a name
 
+    @abstractmethod
     def encode(
         self,
         examples: Sequence[Example],
@@ -48,7 +56,6 @@ class Task(BaseModel):
         for_encoder: bool,
     ) -> Encoded:
         """Token ids of the sources, and of what is learned of each. Raises DataError naming the row that cannot be."""
-        raise NotImplementedError
 
     def check_targets(self, examples: Sequence[Example]) -> None:
         """Raises DataError for an example without the target that learning from it takes."""
@@ -61,14 +68,16 @@ class Task(BaseModel):
     def with_negatives(
         cls, examples: Sequence[Example], negatives: int, seed: int, num_draws: int = 1
     ) -> Sequence[Example]:
-        """With false examples among them, `num_draws` times, each with other ones; as they are where none are drawn."""
-        return examples
+        """With false examples among them, `num_draws` times, each with other ones. Of tasks with `draws_negatives`."""
+        raise NotImplementedError
 
     @classmethod
-    def tested(cls, examples: Sequence[Example], others: Sequence[Example], seed: int) -> Sequence[Example]:
+    def scored_in_test(cls, test: Sequence[Example], others: Sequence[Example], seed: int) -> Sequence[Example]:
         """A test set as it is scored. others: of the training and dev set, of which nothing may come up as false."""
-        return examples
+        return test
 
-    def scored(self, train: Sequence[Example], dev: Sequence[Example], count: int, seed: int) -> Sequence[Example]:
+    def scored_in_training(
+        self, train: Sequence[Example], dev: Sequence[Example], count: int, seed: int
+    ) -> Sequence[Example]:
         """The beginning of a dev set, about `count` examples, as it is scored while training."""
         return [e for e in dev if e.targets][:count]

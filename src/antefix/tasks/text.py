@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class TextTask(Task):
     """A task whose targets are written token by token."""
 
-    METRICS: ClassVar[tuple[str, ...]] = ("bleu", "accuracy", "frame_f1")
+    metrics: ClassVar[tuple[str, ...]] = ("bleu", "accuracy", "frame_f1")
     writes_text: ClassVar[bool] = True
 
     name: Literal["text_generation"] = "text_generation"

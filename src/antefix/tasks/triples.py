@@ -33,7 +33,7 @@ HEAD, RELATION, TAIL = range(3)
 class TriplesTask(LabelTask):
     """One of two labels a triple, read off an encoder's first token or a decoder's last one."""
 
-    METRICS: ClassVar[tuple[str, ...]] = ("accuracy",)
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     draws_negatives: ClassVar[bool] = True
 
     name: Literal["triples"] = "triples"
@@ -55,10 +55,12 @@ class TriplesTask(LabelTask):
         return with_negatives(examples, negatives, seed, num_draws)
 
     @classmethod
-    def tested(cls, examples: Sequence[Example], others: Sequence[Example], seed: int) -> Sequence[Example]:
-        return with_one_negative(examples, set(true_triples([*others, *examples])), seed)
+    def scored_in_test(cls, test: Sequence[Example], others: Sequence[Example], seed: int) -> Sequence[Example]:
+        return with_one_negative(test, set(true_triples([*others, *test])), seed)
 
-    def scored(self, train: Sequence[Example], dev: Sequence[Example], count: int, seed: int) -> Sequence[Example]:
+    def scored_in_training(
+        self, train: Sequence[Example], dev: Sequence[Example], count: int, seed: int
+    ) -> Sequence[Example]:
         """Half of them true, so that it does not pay to call all of them false."""
         true = [e for e in dev if is_true(e)][: max(1, count // 2)]
         return with_one_negative(true, set(true_triples([*train, *dev])), seed)

@@ -144,8 +144,8 @@ def plan_of(
         raise TrainingError(f"{test}: no example has a target to compare with")
     read_by = {r.name: recipe_examples(r) for r in recipes}
     task = TASKS[first.task]
-    examples = task.tested(examples, [e for part in read_by[first.name] for e in part], seed=0)
-    chosen = tuple(metrics or task.METRICS[:1])
+    examples = task.scored_in_test(examples, [e for part in read_by[first.name] for e in part], seed=0)
+    chosen = tuple(metrics or task.metrics[:1])
     check_java([name for name in chosen if load(name).NEEDS_JAVA])  # told before hours of training
     plan = ComparisonPlan(
         recipes=tuple(recipes), seeds=tuple(seeds), test=examples, metrics=chosen, folder=folder,

@@ -61,7 +61,7 @@ class Prepared:
     def digest(self) -> str:
         """Tells this run from any other: what is trained on, on which base, how, and how it is watched."""
         parts = (
-            self.base.fingerprint, self.base.precision, self.method, repr(self.task), repr(self.config),
+            self.base.fingerprint, self.base.precision, self.method, self.task.model_dump_json(), repr(self.config),
             repr(self.learning_rate),
             repr(self.text_format), repr(self.decoding), repr(self.train_set), repr(self.dev_set),
             self.training.model_dump_json(exclude={"checkpoint_seconds", "trackers"}),

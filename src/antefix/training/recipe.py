@@ -185,7 +185,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _metric_of_the_task(self) -> Recipe:
-        known = ("loss", *TASKS[self.task].METRICS)
+        known = ("loss", *TASKS[self.task].metrics)
         if self.training.dev_metric not in known:
             raise ValueError(f"training.dev_metric of {self.task} is one of {', '.join(known)}")
         return self

@@ -160,7 +160,7 @@ def data_hash(examples: Sequence[Example]) -> str:
 
 def _score_of(prepared: Prepared) -> Callable[[], dict[str, float]]:
     training, name = prepared.training, prepared.training.dev_metric
-    examples = prepared.task.scored(
+    examples = prepared.task.scored_in_training(
         prepared.train_examples, prepared.dev_examples, training.dev_metric_sources, training.seed
     )
 
