@@ -5,8 +5,8 @@
 SmolLM2-135M in float32, the task of `few_shot.py`: 20 candidates of a prompt, each on 32 sentences. One after another
 still reads its sentences in one batch, so the ratio says what mixing prompts in a batch gains or costs, not what
 batches do. Both take turns, a generation each, in six rounds. Finished rounds are kept in `results/population/`, those
-of an accelerator in `results/population_on_cuda/`; ten minutes on two cores, in one process on a machine that
-does nothing else.
+of an accelerator in `results/population_on_cuda/`; ten minutes on two cores, in one process on a machine
+that does nothing else.
 """
 
 from __future__ import annotations

@@ -63,8 +63,9 @@ class LabelTask(Task):
         """Token ids, where labels are read off, and the labels' numbers.
 
         Raises DataError naming the row for a label that the task does not know, for labels that are not one a place,
-        and for a text that does not fit.
+        and for a text that does not fit; and for a text format of which the task would do nothing.
         """
+        self.check_format(text_format)
         encoded, num_cut = [], 0
         encode = self.encoder(text_format, tokenizer, for_encoder=for_encoder)
         for example in examples:
@@ -92,6 +93,9 @@ class LabelTask(Task):
         self, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
     ) -> Callable[[Source], tuple[list[int], list[int], bool]]:
         """What makes token ids of a source; the places that its labels are read off; whether it was cut."""
+
+    def check_format(self, text_format: TextFormat) -> None:
+        """Raises DataError for a text format of which the task would do nothing."""
 
     @staticmethod
     def labels_in(target: str) -> list[str]:

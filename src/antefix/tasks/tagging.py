@@ -8,7 +8,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from antefix.data.encode import Encoded, Limits, where_of
+from antefix.data.encode import where_of
 from antefix.data.example import Example, Source, Words
 from antefix.data.linearise import TextFormat
 from antefix.errors import DataError
@@ -34,18 +34,10 @@ class TaggingTask(LabelTask):
                 raise DataError(f"{where_of(example)}: tagging needs words with tags: a .conll file, or words and tags")
         return super().of(examples)
 
-    def encode(
-        self,
-        examples: Sequence[Example],
-        text_format: TextFormat,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: Limits,
-        *,
-        for_encoder: bool,
-    ) -> Encoded:
-        """See `LabelTask`. Raises DataError, too, for a text format of which tagging would do nothing."""
-        _check_words_alone(text_format)
-        return super().encode(examples, text_format, tokenizer, limits, for_encoder=for_encoder)
+    def check_format(self, text_format: TextFormat) -> None:
+        for name in ("instruction", "before_source", "chat", "max_source_tokens"):
+            if getattr(text_format, name) != TextFormat.model_fields[name].default:
+                raise DataError(f"tagging reads words as they stand, '{name}' would do nothing: leave it out")
 
     @staticmethod
     def labels_in(target: str) -> list[str]:
@@ -55,12 +47,6 @@ class TaggingTask(LabelTask):
         self, text_format: TextFormat, tokenizer: PreTrainedTokenizerBase, *, for_encoder: bool
     ) -> Callable[[Source], tuple[list[int], list[int], bool]]:
         return partial(_encode_words, tokenizer=tokenizer, for_encoder=for_encoder)
-
-
-def _check_words_alone(text_format: TextFormat) -> None:
-    for name in ("instruction", "before_source", "chat", "max_source_tokens"):
-        if getattr(text_format, name) != TextFormat.model_fields[name].default:
-            raise DataError(f"tagging reads words as they stand, '{name}' would do nothing: leave it out")
 
 
 def _encode_words(
